@@ -1,0 +1,36 @@
+"""The one place that loads the compiled libraries, and keeps the reason when one is missing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+BUILD_REPORT = Path(__file__).with_name("_build.json")
+"""Written by setup.py: for each compiled backend "built", or why it was not."""
+
+
+def _build_report() -> dict[str, str]:
+    try:
+        report = json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        return dict.fromkeys(("cpp", "cuda"), f"{BUILD_REPORT.name} cannot be read: {error}")
+    return {str(backend): str(reason) for backend, reason in report.items()}
+
+
+def _load(backend: str, report: dict[str, str]) -> str | None:
+    """Load the compiled library of a backend; why it cannot be used, or None."""
+    reason = report.get(backend, "setup.py has not built it; run `pip install -e .`")
+    if reason != "built":
+        return reason
+    try:
+        importlib.import_module(f"caps_kernels._{backend}")
+    except (ImportError, OSError) as error:
+        return f"its library was built but does not load: {error}"
+    return None
+
+
+MISSING = {backend: _load(backend, _build_report()) for backend in ("cpp", "cuda")}
+"""Why each compiled backend cannot be used, or None. Filled at import, so that traced code sees a constant."""

@@ -1,0 +1,242 @@
+"""Which backend runs an op, and why.
+
+`available()` names the backends that can run here, `explain(op, *args)` says of every backend why it would or would
+not take a call, and `use(name)` chooses one for a block of code. Without a choice the first backend of
+`PREFERENCE[device]` that can run is taken; the choice is made on real tensors, before any kernel runs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caps_kernels import _extension
+
+ENVIRONMENT_VARIABLE = "CAPS_KERNELS_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot run the call; the message gives the reason."""
+
+
+class FallbackWarning(UserWarning):
+    """Nobody chose a backend and only the reference could run; warned once an op."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run ops: the devices it serves and what it lacks on this machine."""
+
+    name: str
+    summary: str
+    devices: tuple[str, ...] | None
+    """Device types it runs on; None stands for all of them."""
+    missing: Callable[[], str | None]
+    """Why it cannot run anything here, or None where it can."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One op on one backend. All callables take the op's arguments in the order of its schema, without `backend`."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    why_not: Callable[..., str | None] = lambda *_: None
+    """Why it cannot run these arguments (a dtype it lacks, say), or None."""
+    regime: Callable[..., str] = lambda *_: "plain"
+    """Which of its kernels or tilings would run these arguments."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `explain` says of one backend: `reason` is None exactly when it can run, and then `regime` says how."""
+
+    backend: str
+    reason: str | None
+    regime: str | None
+    chosen: bool
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.backend}: cannot run: {self.reason}"
+        return f"{self.backend}: {'runs' if self.chosen else 'would run'} ({self.regime})"
+
+
+class Explanation(tuple[Verdict, ...]):
+    """One `Verdict` a backend; prints as one line each."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", "CUDA C++, NVIDIA GPUs", ("cuda",), lambda: _extension.MISSING["cuda"]),
+        Backend("triton", "Triton, GPUs", ("cuda",), lambda: None),
+        Backend("cpp", "C++, CPU", ("cpu",), lambda: _extension.MISSING["cpp"]),
+        Backend("reference", "eager PyTorch, any device: the specification", None, lambda: None),
+    )
+}
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_PREPARE: dict[str, Callable[..., tuple[Any, ...]]] = {}
+_IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
+_WARNED: set[str] = set()
+_CHOSEN: ContextVar[str | None] = ContextVar("caps_kernels_backend", default=None)
+
+
+def register_op(op: str, prepare: Callable[..., tuple[Any, ...]]) -> None:
+    """Make an op known. `prepare` turns the public function's arguments into the checked arguments of its schema."""
+    _PREPARE[op] = prepare
+
+
+def register(op: str, backend: str, implementation: Implementation) -> None:
+    """Let `backend` run `op`."""
+    _IMPLEMENTATIONS[op, backend] = implementation
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all ops."""
+    return tuple(_PREPARE)
+
+
+def implementation(op: str, backend: str) -> Implementation:
+    """The implementation of `op` on `backend`. Raises `BackendError` where there is none."""
+    found = _IMPLEMENTATIONS.get((op, backend))
+    if found is None:
+        raise BackendError(f"{op} has no implementation on backend {backend!r}")
+    return found
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that can run at least one op on this machine, the preferred first."""
+    return tuple(name for name in BACKENDS if any(lacking(op, name) is None for op in _PREPARE))
+
+
+def lacking(op: str, backend: str) -> str | None:
+    """Why `backend` cannot run `op` on this machine whatever the arguments, or None where it can."""
+    missing = BACKENDS[backend].missing()
+    if missing is not None:
+        return missing
+    if (op, backend) not in _IMPLEMENTATIONS:
+        return f"{op} is not written for it yet"
+    devices = BACKENDS[backend].devices
+    if devices is not None and "cpu" not in devices and not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+def why_not(op: str, backend: str, args: Sequence[Any]) -> str | None:
+    """Why `backend` cannot run `op` on `args` (the schema's arguments), or None where it can."""
+    devices = BACKENDS[backend].devices
+    device = args[0].device.type
+    if devices is not None and device not in devices:
+        return f"it runs on {' and '.join(devices)} tensors, these are on {device}"
+    reason = lacking(op, backend)
+    return reason if reason is not None else _IMPLEMENTATIONS[op, backend].why_not(*args)
+
+
+def select(op: str, args: Sequence[Any], backend: str | None = None) -> str:
+    """The backend that runs `op` on `args`: the one asked for, else that of `use()`, of CAPS_KERNELS_BACKEND, or
+    the first of the device's preference that can.
+
+    Raises:
+        ValueError: the name is none of `BACKENDS`.
+        BackendError: the backend asked for cannot run the call.
+    """
+    asked = backend or _CHOSEN.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+    if asked:
+        _check_name(asked)
+        reason = why_not(op, asked, args)
+        if reason is not None:
+            raise BackendError(f"backend {asked!r} cannot run {op}: {reason}")
+        return asked
+    reasons = []
+    for name in PREFERENCE.get(args[0].device.type, ("reference",)):
+        reason = why_not(op, name, args)
+        if reason is None:
+            break
+        reasons.append(f"{name}: {reason}")
+    if reasons and name == "reference":
+        _warn_of_fallback(op, reasons)
+    return name
+
+
+def _warn_of_fallback(op: str, reasons: Sequence[str]) -> None:
+    if op in _WARNED or torch.compiler.is_compiling():
+        return
+    _WARNED.add(op)
+    warnings.warn(
+        f"{op} runs on the reference backend, which is slow ({'; '.join(reasons)}). "
+        "Choose it explicitly (backend='reference', or CAPS_KERNELS_BACKEND=reference) to silence this.",
+        FallbackWarning,
+        stacklevel=4,
+    )
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+
+
+def explain(op: str, *args: Any, **options: Any) -> Explanation:
+    """Say of every backend why it would or would not run a call, and in which regime.
+
+    Args:
+        op: the public function's name, such as "dense_capsules".
+        *args: the call's arguments, as given to that function.
+        **options: the call's keyword arguments, `backend` among them.
+
+    Returns:
+        One `Verdict` for each backend; `print` it for one line each.
+
+    Raises:
+        ValueError: there is no such op, or an argument the op itself refuses.
+        TypeError: an argument the op itself refuses.
+    """
+    if op not in _PREPARE:
+        raise ValueError(f"op must be one of {', '.join(map(repr, _PREPARE))}, got {op!r}")
+    requested = options.pop("backend", None)
+    prepared = _PREPARE[op](*args, **options)
+    reasons = {name: why_not(op, name, prepared) for name in BACKENDS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        try:
+            chosen = select(op, prepared, requested)
+        except BackendError:
+            chosen = None
+    return Explanation(
+        Verdict(
+            backend=name,
+            reason=reason,
+            regime=None if reason is not None else implementation(op, name).regime(*prepared),
+            chosen=name == chosen,
+        )
+        for name, reason in reasons.items()
+    )
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run every op of a block on `backend`, unless a call names another; in this thread or task only.
+
+    Raises:
+        ValueError: the name is none of `BACKENDS`.
+    """
+    _check_name(backend)
+    token = _CHOSEN.set(backend)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
