@@ -10,7 +10,7 @@ by differentiating the reference's own backward, which is written in plain diffe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def _second_order(
         saved = reference.forward(*inputs, *options)[1 : 1 + signature.saved]
         return reference.backward(grad, *inputs, *saved, *options)
 
-    _, pullback = torch.func.vjp(first_order, *(tensors[index] for index in present))
+    pullback: Callable[..., Any] = torch.func.vjp(first_order, *(tensors[index] for index in present))[1]
     results: list[Tensor | None] = [None] * len(tensors)
     for index, result in zip(present, pullback(tuple(gradients)), strict=True):
         results[index] = result

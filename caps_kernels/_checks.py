@@ -94,14 +94,15 @@ def routing_grad(value: Any) -> str:
     return str(value)
 
 
-def autocast(*given: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*given: Tensor | None) -> tuple[Any, ...]:
     """Under `torch.autocast`, the tensors in its dtype (float64 stays, as in PyTorch's own ops); else as they are."""
     first = given[0]
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return given
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in given
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in given
     )
 
 

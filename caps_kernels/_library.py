@@ -40,9 +40,7 @@ def define(op: str, direction: str, schema: str, fake: Call) -> Call:
 
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"caps_kernels::{name}", lambda *args: _unwrap(fake(*args[:-1])), lib=_LIBRARY
-    )
+    torch.library.register_fake(f"caps_kernels::{name}", lambda *args: _unwrap(fake(*args[:-1])), lib=_LIBRARY)
     overload = _overload(name)
     return lambda *args: _wrap(overload(*args))
 
@@ -61,9 +59,7 @@ def register_autograd(op: str, direction: str, function: Call) -> None:
         reverse = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
         if not (reverse or forward):
-            result: tuple[Tensor, ...] | Tensor = overload.redispatch(
-                keyset & torch._C._after_autograd_keyset, *args
-            )
+            result: tuple[Tensor, ...] | Tensor = overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
             return result
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(

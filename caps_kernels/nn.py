@@ -93,8 +93,8 @@ class CapsuleLayer(nn.Module):
     @overload
     def forward(self, u: Tensor, return_coupling: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def forward(self, u: Tensor, return_coupling: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """v [B, J, E] from u [B, I, D]; with `return_coupling` (v, coupling [B, I, J] of the last softmax, detached)."""
-        return dense_capsules(
+        """v [B, J, E] from u [B, I, D]; with `return_coupling` (v, coupling [B, I, J]), detached."""
+        return dense_capsules(  # type: ignore[call-overload, no-any-return]
             u,
             self.weight,
             self.bias,
@@ -102,7 +102,7 @@ class CapsuleLayer(nn.Module):
             positions=self.positions,
             leaky=self.leaky,
             routing_grad=self.routing_grad,
-            return_coupling=return_coupling,  # type: ignore[call-overload, no-any-return]
+            return_coupling=return_coupling,
             backend=self.backend,
         )
 
@@ -120,7 +120,9 @@ class CapsuleLayer(nn.Module):
             if value != default
         )
         sizes = f"in_capsules={self.in_capsules}, in_dim={self.in_dim}"
-        return f"{sizes}, out_capsules={self.out_capsules}, out_dim={self.out_dim}, iterations={self.iterations}{options}"
+        return (
+            f"{sizes}, out_capsules={self.out_capsules}, out_dim={self.out_dim}, iterations={self.iterations}{options}"
+        )
 
 
 class PrimaryCapsules(nn.Module):
@@ -234,7 +236,11 @@ class Decoder(nn.Module):
     """0.0005 x 784: weighs the mean squared error as the paper weighs the sum over a 28x28 image."""
 
     def __init__(
-        self, out_capsules: int, out_dim: int, image_shape: tuple[int, int, int], hidden: tuple[int, int] = (512, 1024)
+        self,
+        out_capsules: int,
+        out_dim: int,
+        image_shape: tuple[int, int, int],
+        hidden: tuple[int, int] = (512, 1024),
     ) -> None:
         super().__init__()
         self.image_shape = tuple(_checks.positive_int("image_shape", size) for size in image_shape)
@@ -260,7 +266,9 @@ class Decoder(nn.Module):
         if target is None:
             target = v.square().sum(2).argmax(1)
         mask = one_hot_target(target, v.shape[0], v.shape[1]).to(v.dtype)  # [B, J]
-        return self.layers((v * mask[..., None]).flatten(1)).unflatten(1, self.image_shape)
+        pixels: Tensor = self.layers((v * mask[..., None]).flatten(1))  # [B, C·H·W]
+        images: Tensor = pixels.unflatten(1, self.image_shape)
+        return images
 
     def loss(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """0.392 x the mean squared error; at 28x28 that is the paper's 0.0005 x the sum."""

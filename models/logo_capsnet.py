@@ -76,4 +76,5 @@ class Network(nn.Module):
 
 def loss(network: nn.Module, x: Tensor, v: Tensor, target: Tensor) -> Tensor:
     """The margin loss."""
-    return _margin(v, target)
+    total: Tensor = _margin(v, target)
+    return total

@@ -24,7 +24,8 @@ _margin = ck.MarginLoss()
 def preprocess(images: Tensor) -> Tensor:
     """Grey values in [0, 1], float32 [B, 1, H, W], from uint8 [B, 3, H, W]."""
     weights = torch.tensor(_LUMA, device=images.device).view(1, 3, 1, 1) / 255
-    return (images * weights).sum(1, keepdim=True)
+    grey: Tensor = (images * weights).sum(1, keepdim=True)
+    return grey
 
 
 class Network(nn.Module):
@@ -54,7 +55,13 @@ class Network(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(1, 256, 9), nn.ReLU())
         self.primary = ck.PrimaryCapsules(256, 32, 8, kernel_size=9, stride=2, backend=backend)
         self.classes = ck.CapsuleLayer(
-            32 * height * width, 8, classes, 16, iterations, routing_grad=routing_grad, backend=backend
+            32 * height * width,
+            8,
+            classes,
+            16,
+            iterations,
+            routing_grad=routing_grad,
+            backend=backend,
         )
         self.decoder = ck.Decoder(classes, 16, (1, *image_size))
 
@@ -67,4 +74,5 @@ class Network(nn.Module):
 def loss(network: nn.Module, x: Tensor, v: Tensor, target: Tensor) -> Tensor:
     """Margin loss plus the reconstruction's, as in the paper."""
     decoder: ck.Decoder = network.decoder  # type: ignore[assignment]
-    return _margin(v, target) + decoder.loss(decoder(v, target), x)
+    total: Tensor = _margin(v, target) + decoder.loss(decoder(v, target), x)
+    return total

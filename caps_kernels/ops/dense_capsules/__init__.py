@@ -27,7 +27,10 @@ _forward = define(
     "fwd",
     f"(Tensor u, Tensor weight, Tensor? bias, SymInt positions, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=lambda u, weight, bias, positions, iterations, leaky, routing_grad, return_coupling: fake_results(
-        u, (u.shape[0], u.shape[1], weight.shape[1], weight.shape[3]), iterations, return_coupling
+        u,
+        (u.shape[0], u.shape[1], weight.shape[1], weight.shape[3]),
+        iterations,
+        return_coupling,
     ),
 )
 _backward = define(
@@ -42,7 +45,10 @@ _backward = define(
     ),
 )
 _dense_capsules = differentiable(
-    Signature("dense_capsules", tensors=3, saved=1, batch_dims=(0, 1, 0)), _forward, _backward, _REFERENCE
+    Signature("dense_capsules", tensors=3, saved=1, batch_dims=(0, 1, 0)),
+    _forward,
+    _backward,
+    _REFERENCE,
 )
 
 
@@ -96,6 +102,19 @@ def dense_capsules(
     return_coupling: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def dense_capsules(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    iterations: int = 3,
+    *,
+    positions: int = 1,
+    leaky: bool = False,
+    routing_grad: str = "full",
+    return_coupling: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
 def dense_capsules(
     u: Tensor,
     weight: Tensor,

@@ -20,7 +20,13 @@ def forward(
 
 
 def backward(
-    grad_v: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, positions: int, *options: Any
+    grad_v: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    positions: int,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_u [B, I, D], grad_weight [T, J, D, E] and grad_bias [J, E] (empty where there is no bias)."""
     votes = predict_votes.forward_accumulated(u, weight, positions)  # [B, I, J, E]

@@ -3,7 +3,7 @@
 Procedure 1 of Sabour, Frosst & Hinton, "Dynamic Routing Between Capsules" (2017, arXiv 1710.09829). With b = 0 at the
 start, R times:
 
-    c_ij = softmax_j(b_ij);   s_j = Σ_i c_ij û_ij + bias_j;   v_j = squash(s_j);   b_ij += û_ij · v_j (not the last time)
+    c_ij = softmax_j(b_ij);   s_j = Σ_i c_ij û_ij + bias_j;   v_j = squash(s_j);   b_ij += û_ij · v_j (but the last)
 
 Saved for backward are the R total inputs s; couplings are computed again. README.md derives the gradients.
 """
@@ -61,10 +61,16 @@ _backward = define(
     "dynamic_routing",
     "bwd",
     f"(Tensor grad_v, Tensor votes, Tensor? bias, Tensor s, {OPTIONS}) -> (Tensor, Tensor)",
-    fake=lambda grad_v, votes, bias, s, *_: (votes.new_empty(votes.shape), fake_grad_bias(bias, votes)),
+    fake=lambda grad_v, votes, bias, s, *_: (
+        votes.new_empty(votes.shape),
+        fake_grad_bias(bias, votes),
+    ),
 )
 _dynamic_routing = differentiable(
-    Signature("dynamic_routing", tensors=2, saved=1, batch_dims=(0, 1, 0)), _forward, _backward, _REFERENCE
+    Signature("dynamic_routing", tensors=2, saved=1, batch_dims=(0, 1, 0)),
+    _forward,
+    _backward,
+    _REFERENCE,
 )
 
 
@@ -122,6 +128,17 @@ def dynamic_routing(
     return_coupling: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def dynamic_routing(
+    votes: Tensor,
+    bias: Tensor | None = None,
+    iterations: int = 3,
+    *,
+    leaky: bool = False,
+    routing_grad: str = "full",
+    return_coupling: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
 def dynamic_routing(
     votes: Tensor,
     bias: Tensor | None = None,
@@ -156,7 +173,12 @@ def dynamic_routing(
     Source: Sabour et al. 2017 (arXiv 1710.09829), procedure 1; leaky routing from the authors' published code.
     """
     args = _prepare(
-        votes, bias, iterations, leaky=leaky, routing_grad=routing_grad, return_coupling=return_coupling
+        votes,
+        bias,
+        iterations,
+        leaky=leaky,
+        routing_grad=routing_grad,
+        return_coupling=return_coupling,
     )
     v, _, coupling = _dynamic_routing(*args, backends.select("dynamic_routing", args, backend))
     return (v, coupling) if return_coupling else v

@@ -15,7 +15,12 @@ Results = tuple[Tensor, Tensor, Tensor]
 
 
 def forward(
-    votes: Tensor, bias: Tensor | None, iterations: int, leaky: bool, routing_grad: str, return_coupling: bool
+    votes: Tensor,
+    bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    routing_grad: str,
+    return_coupling: bool,
 ) -> Results:
     """v [B, J, E], s [R, B, J, E] and coupling [B, I, J], or [B, 0, J] where it is not asked for."""
     votes = accumulate(votes)  # [B, I, J, E]

@@ -22,22 +22,23 @@ _forward = define(
     "predict_votes",
     "fwd",
     "(Tensor u, Tensor weight, SymInt positions, str backend) -> Tensor",
-    fake=lambda u, weight, positions: (
-        u.new_empty((u.shape[0], u.shape[1], weight.shape[1], weight.shape[3])),
-    ),
+    fake=lambda u, weight, positions: (u.new_empty((u.shape[0], u.shape[1], weight.shape[1], weight.shape[3])),),
 )
 _backward = define(
     "predict_votes",
     "bwd",
     "(Tensor grad_votes, Tensor u, Tensor weight, SymInt positions, str backend) -> (Tensor, Tensor)",
-    fake=lambda grad_votes, u, weight, positions: (u.new_empty(u.shape), weight.new_empty(weight.shape)),
+    fake=lambda grad_votes, u, weight, positions: (
+        u.new_empty(u.shape),
+        weight.new_empty(weight.shape),
+    ),
 )
 _predict_votes = differentiable(
     Signature("predict_votes", tensors=2, saved=0, batch_dims=(0,)), _forward, _backward, _REFERENCE
 )
 
 
-def check_capsules(u: Tensor, weight: Tensor, positions: Any) -> int:
+def check_capsules(u: Tensor, weight: Tensor, positions: int) -> int:
     """Check u [B, I, D] against weight [T, J, D, E] with I = T·P, and return P."""
     positions = _checks.positive_int("positions", positions)
     _checks.shape("u", u, ("B", "I", "D"), may_be_empty="B")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from caps_kernels import _checks, backends
@@ -32,9 +31,7 @@ _backward = define(
     "(Tensor grad_v, Tensor s, int dim, str backend) -> Tensor",
     fake=lambda grad_v, s, dim: (s.new_empty(s.shape),),
 )
-_squash = differentiable(
-    Signature("squash", tensors=1, saved=0, any_rank=True), _forward, _backward, _REFERENCE
-)
+_squash = differentiable(Signature("squash", tensors=1, saved=0, any_rank=True), _forward, _backward, _REFERENCE)
 
 
 def _prepare(s: Tensor, dim: int = -1) -> tuple[Any, ...]:
