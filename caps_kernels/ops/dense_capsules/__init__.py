@@ -102,19 +102,6 @@ def dense_capsules(
     return_coupling: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
-@overload
-def dense_capsules(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    iterations: int = 3,
-    *,
-    positions: int = 1,
-    leaky: bool = False,
-    routing_grad: str = "full",
-    return_coupling: Literal[False] = False,
-    backend: str | None = None,
-) -> Tensor: ...
 def dense_capsules(
     u: Tensor,
     weight: Tensor,

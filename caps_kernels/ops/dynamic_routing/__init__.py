@@ -128,17 +128,6 @@ def dynamic_routing(
     return_coupling: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
-@overload
-def dynamic_routing(
-    votes: Tensor,
-    bias: Tensor | None = None,
-    iterations: int = 3,
-    *,
-    leaky: bool = False,
-    routing_grad: str = "full",
-    return_coupling: Literal[False] = False,
-    backend: str | None = None,
-) -> Tensor: ...
 def dynamic_routing(
     votes: Tensor,
     bias: Tensor | None = None,
