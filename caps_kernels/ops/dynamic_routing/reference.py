@@ -34,7 +34,9 @@ def forward(
         (v,) = squash.forward(s, -1)  # [B, J, E]
         if iteration < iterations - 1:
             logits = logits + torch.einsum("bije,bje->bij", votes, v)  # [B, I, J]
-    return v, torch.stack(totals), coupling if return_coupling else coupling[:, :0]
+    if not return_coupling:
+        coupling = coupling.new_empty(coupling.shape[0], 0, coupling.shape[2])
+    return v, torch.stack(totals), coupling
 
 
 def backward(
