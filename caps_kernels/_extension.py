@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 BUILD_REPORT = Path(__file__).with_name("_build.json")
@@ -34,3 +36,30 @@ def _load(backend: str, report: dict[str, str]) -> str | None:
 
 MISSING = {backend: _load(backend, _build_report()) for backend in ("cpp", "cuda")}
 """Why each compiled backend cannot be used, or None. Filled at import, so that traced code sees a constant."""
+
+
+def isa_names() -> list[str]:
+    """The instruction sets for which backend "cpp" has kernels that this processor can run, the best last.
+
+    Raises:
+        ImportError: the library of "cpp" is not there.
+    """
+    names: list[str] = importlib.import_module("caps_kernels._cpp").isa_names()
+    return names
+
+
+@contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Run the kernels of "cpp" for one instruction set during a block, in all threads: for tests.
+
+    Raises:
+        ImportError: the library of "cpp" is not there.
+        ValueError: the processor cannot run it; nothing was changed.
+    """
+    library = importlib.import_module("caps_kernels._cpp")
+    before = library.get_isa()
+    library.set_isa(name)
+    try:
+        yield
+    finally:
+        library.set_isa(before)

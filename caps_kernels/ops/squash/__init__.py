@@ -15,7 +15,7 @@ from torch import Tensor
 from caps_kernels import _checks, backends
 from caps_kernels._autograd import Signature, differentiable
 from caps_kernels._library import define
-from caps_kernels.ops.squash import reference
+from caps_kernels.ops.squash import cpp, reference
 
 _REFERENCE = backends.Implementation(reference.forward, reference.backward)
 
@@ -45,6 +45,7 @@ def _prepare(s: Tensor, dim: int = -1) -> tuple[Any, ...]:
 
 backends.register_op("squash", _prepare)
 backends.register("squash", "reference", _REFERENCE)
+backends.register("squash", "cpp", cpp.IMPLEMENTATION)
 
 
 def squash(s: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:

@@ -1,0 +1,299 @@
+// Vectors of the width of the instruction set: load, store, convert, reduce. Only for code compiled with CAPS_ISA.
+#pragma once
+
+#include <caps/kernel.h>
+
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace caps::CAPS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// The type in which sums of a storage type are taken.
+template <typename scalar_t>
+using Acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <typename T, int n>
+struct VectorType {
+  typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
+
+// Vec<float> fills a register; Vec<float, 8> has 8 lanes.
+template <typename T, int n = kLanes<T>>
+using Vec = typename VectorType<T, n>::type;
+
+template <typename V>
+using Element = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
+
+template <typename V>
+constexpr int kLanesOf = int(sizeof(V) / sizeof(Element<V>));
+
+template <typename V>
+using IntsOf = Vec<std::conditional_t<sizeof(Element<V>) == 8, int64_t, int32_t>, kLanesOf<V>>;
+
+template <typename V>
+CAPS_INLINE V splat(Element<V> x) {
+  return x - V{};  // x - 0 is x for every x, -0 and NaN too
+}
+
+template <typename To, typename From>
+CAPS_INLINE To bit_cast(From from) {
+  return __builtin_bit_cast(To, from);
+}
+
+// Whether any lane of a comparison's result is true.
+template <typename M>
+CAPS_INLINE bool any(M mask) {
+  Element<M> found = 0;
+  for (int i = 0; i < kLanesOf<M>; ++i) found |= mask[i];
+  return found != 0;
+}
+
+template <typename V>
+CAPS_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename V>
+CAPS_INLINE V abs(V x) {
+  using I = IntsOf<V>;
+  constexpr auto sign = Element<I>(1) << (8 * sizeof(Element<I>) - 1);
+  return bit_cast<V>(bit_cast<I>(x) & ~sign);
+}
+
+template <typename V>
+CAPS_INLINE V sqrt(V x) {
+  V root;
+  for (int i = 0; i < kLanesOf<V>; ++i) {
+    if constexpr (sizeof(x[0]) == 8) root[i] = __builtin_sqrt(x[i]);
+    else root[i] = __builtin_sqrtf(x[i]);
+  }
+  return root;
+}
+
+// ---- 16-bit conversions
+
+template <int n>
+CAPS_INLINE Vec<float, n> widen_float16(Vec<uint16_t, n> half) {
+#if defined(__F16C__)
+  if constexpr (n == 4) {
+    return (Vec<float, n>)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&half)));
+  } else if constexpr (n == 8) {
+    return (Vec<float, n>)_mm256_cvtph_ps((__m128i)half);
+  }
+#if defined(__AVX512F__)
+  else {
+    return (Vec<float, n>)_mm512_cvtph_ps((__m256i)half);
+  }
+#endif
+#else
+  using I = Vec<uint32_t, n>;
+  const I bits = __builtin_convertvector(half, I);
+  const I magnitude = (bits & 0x7fff) << 13;
+  // Exponents are biased by 15 in float16 and by 127 in float32; the product is right for subnormal numbers too.
+  const auto scaled = bit_cast<I>(bit_cast<Vec<float, n>>(magnitude) * 0x1p112f);
+  const I value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : scaled;
+  return bit_cast<Vec<float, n>>(value | (bits & 0x8000) << 16);
+#endif
+}
+
+template <int n>
+CAPS_INLINE Vec<uint16_t, n> narrow_float16(Vec<float, n> x) {
+#if defined(__F16C__)
+  if constexpr (n == 4) {
+    Vec<uint16_t, n> half;
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(&half), _mm_cvtps_ph((__m128)x, 0));
+    return half;
+  } else if constexpr (n == 8) {
+    return (Vec<uint16_t, n>)_mm256_cvtps_ph((__m256)x, 0);
+  }
+#if defined(__AVX512F__)
+  else {
+    return (Vec<uint16_t, n>)_mm512_cvtps_ph((__m512)x, 0);
+  }
+#endif
+#else
+  using I = Vec<uint32_t, n>;
+  const I bits = bit_cast<I>(x);
+  const I magnitude = bits & 0x7fffffff;
+  const I normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+  // Adding 0.5 moves the bits of a subnormal result to the end of the significand, rounded.
+  const I subnormal = bit_cast<I>(bit_cast<Vec<float, n>>(magnitude) + 0.5f) - 0x3f000000u;
+  I value = magnitude < (113u << 23) ? subnormal : normal;
+  value = magnitude >= 0x477ff000u ? I{} + 0x7c00u : value;
+  value = magnitude > 0x7f800000u ? I{} + 0x7e00u : value;
+  return __builtin_convertvector(value | (bits >> 16 & 0x8000), Vec<uint16_t, n>);
+#endif
+}
+
+template <int n>
+CAPS_INLINE Vec<float, n> widen_bfloat16(Vec<uint16_t, n> brain) {
+  return bit_cast<Vec<float, n>>(__builtin_convertvector(brain, Vec<uint32_t, n>) << 16);
+}
+
+template <int n>
+CAPS_INLINE Vec<uint16_t, n> narrow_bfloat16(Vec<float, n> x) {
+  using I = Vec<uint32_t, n>;
+  const I bits = bit_cast<I>(x);
+  const I rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const I value = (bits & 0x7fffffff) > 0x7f800000u ? I{} + 0x7fc0u : rounded;
+  return __builtin_convertvector(value, Vec<uint16_t, n>);
+}
+
+// ---- Memory. V is a vector of Acc<scalar_t>; addresses need no alignment.
+
+template <typename V, typename scalar_t>
+CAPS_INLINE V load(const scalar_t* from) {
+  Vec<scalar_t, kLanesOf<V>> memory;
+  __builtin_memcpy(&memory, from, sizeof(memory));
+  return memory;
+}
+template <typename V>
+CAPS_INLINE V load(const BFloat16* from) {
+  Vec<uint16_t, kLanesOf<V>> memory;
+  __builtin_memcpy(&memory, from, sizeof(memory));
+  return widen_bfloat16<kLanesOf<V>>(memory);
+}
+template <typename V>
+CAPS_INLINE V load(const Float16* from) {
+  Vec<uint16_t, kLanesOf<V>> memory;
+  __builtin_memcpy(&memory, from, sizeof(memory));
+  return widen_float16<kLanesOf<V>>(memory);
+}
+
+template <typename V, typename scalar_t>
+CAPS_INLINE void store(scalar_t* to, V value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+template <typename V>
+CAPS_INLINE void store(BFloat16* to, V value) {
+  const auto memory = narrow_bfloat16<kLanesOf<V>>(value);
+  __builtin_memcpy(to, &memory, sizeof(memory));
+}
+template <typename V>
+CAPS_INLINE void store(Float16* to, V value) {
+  const auto memory = narrow_float16<kLanesOf<V>>(value);
+  __builtin_memcpy(to, &memory, sizeof(memory));
+}
+
+// Lanes 0 … count - 1 from memory `stride` elements apart; the others are 0.
+template <typename V, typename scalar_t>
+CAPS_INLINE V load_strided(const scalar_t* from, int64_t stride, int64_t count) {
+  scalar_t memory[kLanesOf<V>] = {};
+  for (int64_t i = 0; i < count; ++i) memory[i] = from[i * stride];
+  return load<V>(memory);
+}
+
+// Lanes 0 … count - 1 to memory `stride` elements apart.
+template <typename V, typename scalar_t>
+CAPS_INLINE void store_strided(scalar_t* to, int64_t stride, V value, int64_t count) {
+  scalar_t memory[kLanesOf<V>];
+  store(memory, value);
+  for (int64_t i = 0; i < count; ++i) to[i * stride] = memory[i];
+}
+
+// Lanes 0 … count - 1 from consecutive memory, nothing beyond it touched; the others are 0.
+template <typename V, typename scalar_t>
+CAPS_INLINE V load_some(const scalar_t* from, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && std::is_same_v<scalar_t, float>) {
+    return (V)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+  } else if constexpr (sizeof(V) == 64 && std::is_same_v<scalar_t, double>) {
+    return (V)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from);
+  } else if constexpr (sizeof(V) == 64) {
+    const auto memory = (Vec<uint16_t, 16>)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
+    if constexpr (std::is_same_v<scalar_t, BFloat16>) return widen_bfloat16<16>(memory);
+    else return widen_float16<16>(memory);
+  }
+#endif
+  return load_strided<V>(from, 1, count);
+}
+
+// Lanes 0 … count - 1 to consecutive memory, nothing beyond it touched.
+template <typename V, typename scalar_t>
+CAPS_INLINE void store_some(scalar_t* to, V value, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), (__m512)value);
+    } else if constexpr (std::is_same_v<scalar_t, double>) {
+      _mm512_mask_storeu_pd(to, __mmask8((1u << count) - 1), (__m512d)value);
+    } else {
+      Vec<uint16_t, 16> memory;
+      if constexpr (std::is_same_v<scalar_t, BFloat16>) memory = narrow_bfloat16<16>(value);
+      else memory = narrow_float16<16>(value);
+      _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), (__m256i)memory);
+    }
+    return;
+  }
+#endif
+  store_strided(to, 1, value, count);
+}
+
+// One number in the type in which sums are taken.
+template <typename scalar_t>
+CAPS_INLINE Acc<scalar_t> load_one(const scalar_t* from) {
+  if constexpr (sizeof(scalar_t) == 2) return load_strided<Vec<float, 4>>(from, 1, 1)[0];
+  else return *from;
+}
+template <typename scalar_t>
+CAPS_INLINE void store_one(scalar_t* to, Acc<scalar_t> value) {
+  if constexpr (sizeof(scalar_t) == 2) store_strided(to, 1, Vec<float, 4>{value}, 1);
+  else *to = value;
+}
+
+// ---- Reductions, in a fixed order
+
+template <int begin, typename V, int... lane>
+CAPS_INLINE auto lanes_from(V v, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(v, v, (begin + lane)...);
+}
+
+template <typename V, typename F>
+CAPS_INLINE Element<V> reduce(V v, const F& combine) {
+  constexpr int half = kLanesOf<V> / 2;
+  if constexpr (half == 1) {
+    return combine(v[0], v[1]);
+  } else {
+    const auto low = lanes_from<0>(v, std::make_integer_sequence<int, half>());
+    const auto high = lanes_from<half>(v, std::make_integer_sequence<int, half>());
+    return reduce(combine(low, high), combine);
+  }
+}
+
+template <typename V>
+CAPS_INLINE Element<V> reduce_add(V v) {
+  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+
+template <typename V>
+CAPS_INLINE Element<V> reduce_max(V v) {
+  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Runs f<scalar_t>() for the storage type of a dtype.
+template <typename F>
+CAPS_INLINE void dispatch_floating(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f.template operator()<float>();
+    case DType::float64: return f.template operator()<double>();
+    case DType::bfloat16: return f.template operator()<BFloat16>();
+    case DType::float16: return f.template operator()<Float16>();
+  }
+}
+
+}  // namespace caps::CAPS_ISA

@@ -1,0 +1,114 @@
+// The module caps_kernels._cpp: loading it registers the ops of namespace caps_kernels_cpp with torch. Its own
+// functions choose the instruction set, which is otherwise the best that the processor has.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <caps/op.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace caps {
+namespace {
+
+#define CAPS_NAME(isa) #isa,
+constexpr const char* kNames[] = {CAPS_FOR_EACH_ISA(CAPS_NAME)};
+
+bool supports(int isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  const bool found[] = {v2, v3, v4};
+  return found[isa];
+#else
+  return isa == 0;
+#endif
+}
+
+int best_isa() {
+  int best = 0;
+  for (int isa = 0; isa < kIsaCount; ++isa) best = supports(isa) ? isa : best;
+  return best;
+}
+
+std::atomic<int> chosen_isa{best_isa()};
+
+// Grows to the largest size asked for, and gives memory beyond `kKept` back at the next request for less.
+struct Buffer {
+  static constexpr int64_t kKept = int64_t{64} << 20;
+  void* data = nullptr;
+  int64_t size = 0;
+
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+
+  void* get(int64_t bytes) {
+    const bool too_large = size > kKept && bytes <= kKept;
+    if (bytes > size || too_large) {
+      std::free(data);
+      size = (bytes + 4095) / 4096 * 4096;
+      data = std::aligned_alloc(64, size_t(size));
+      if (data == nullptr) {
+        size = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data;
+  }
+};
+
+PyObject* isa_names(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (int isa = 0; names != nullptr && isa < kIsaCount; ++isa) {
+    if (!supports(isa)) continue;
+    PyObject* name = PyUnicode_FromString(kNames[isa]);
+    if (name == nullptr || PyList_Append(names, name) != 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  return names;
+}
+
+PyObject* get_isa(PyObject*, PyObject*) { return PyUnicode_FromString(kNames[chosen_isa.load()]); }
+
+PyObject* set_isa(PyObject*, PyObject* args) {
+  const char* name = nullptr;
+  if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+  for (int isa = 0; isa < kIsaCount; ++isa) {
+    if (std::strcmp(name, kNames[isa]) == 0 && supports(isa)) {
+      chosen_isa = isa;
+      Py_RETURN_NONE;
+    }
+  }
+  return PyErr_Format(PyExc_ValueError, "this processor cannot run instruction set '%s'", name);
+}
+
+PyMethodDef methods[] = {
+    {"isa_names", isa_names, METH_NOARGS, "The instruction sets this processor can run, the best last."},
+    {"get_isa", get_isa, METH_NOARGS, "The instruction set in use."},
+    {"set_isa", set_isa, METH_VARARGS, "Use an instruction set of isa_names()."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpp", "C++ kernels for the CPU.", -1, methods, nullptr, nullptr, nullptr,
+                      nullptr};
+
+}  // namespace
+
+int current_isa() { return chosen_isa.load(std::memory_order_relaxed); }
+
+void* scratch(Scratch slot, int64_t bytes) {
+  thread_local Buffer buffers[2];
+  return buffers[int(slot)].get(bytes);
+}
+
+}  // namespace caps
+
+PyMODINIT_FUNC PyInit__cpp() { return PyModule_Create(&caps::module); }
