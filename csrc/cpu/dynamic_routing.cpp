@@ -23,6 +23,7 @@ struct RoutingArgs {
   View<3> coupling;     // [B, I, J], forward; no data where it is not asked for
   View<3> grad_v;       // [B, J, E], backward
   View<4> grad_votes;   // [B, I, J, E], backward
+  bool streamed;        // whether to write grad_votes past the cache
   void* bias_sums;      // [B, J, E], backward, accumulation dtype: Σ_t g^t of each sample; or none
   View<2> grad_bias;    // [J, E], backward
   int64_t chunk;        // input capsules a chunk, a multiple of kGroup
@@ -204,10 +205,11 @@ class Routing {
       }
       scalar_t* out = static_cast<scalar_t*>(args.grad_votes.data) + (b * I + i) * J * E;
       const bool direct = whole_rows(count);
-      const Block<T> block = direct ? Block<T>{reinterpret_cast<T*>(out), J * E, E} : staged_block();
+      const Block<T> block = direct ? Block<T>{reinterpret_cast<T*>(out), J * E, E, 0, args.streamed} : staged_block();
       loops.combine(block, sample.first, c, sample.pairs, args.last ? pair_count > 0 : pair_count, J, loops.padded);
       if (!direct) unstage(out, count);
     }
+    finish_streaming();
   }
 
  private:
@@ -308,7 +310,7 @@ class Routing {
     const View<4>& votes = args.votes;
     scalar_t* from = static_cast<scalar_t*>(votes.data) + b * votes.stride[0] + i * votes.stride[1];
     if (votes.stride[3] == 1 && whole_rows(count)) {
-      return {reinterpret_cast<T*>(from), votes.stride[1], votes.stride[2]};
+      return {reinterpret_cast<T*>(from), votes.stride[1], votes.stride[2], L * votes.stride[1]};
     }
     for (int64_t k = 0; k < L; ++k) {
       for (int64_t j = 0; j < J; ++j) {
@@ -490,6 +492,7 @@ std::tuple<Tensor, Tensor> dynamic_routing_bwd(Tensor grad_v, Tensor votes, std:
   const auto [B, I, J, E] = args.votes.size;
   Tensor grad_votes = empty(votes, {B, I, J, E}), grad_bias = bias ? empty(votes, {J, E}) : empty(votes, {0});
   args.grad_votes = view_of<4>(grad_votes);
+  args.streamed = worth_streaming(grad_votes) && E * number_size(args) % 64 == 0;
   const int64_t sums_size = bias ? B * J * E * number_size(args) : 0;
   void* sums = split ? allocate_samples(args, sums_size) : scratch(Scratch::call, sums_size);
   if (bias) {

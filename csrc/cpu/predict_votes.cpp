@@ -19,6 +19,7 @@ struct VotesArgs {
   int64_t chunk_types;   // types a chunk
   int64_t splits;        // parts into which the rows of a type are divided …
   int64_t split_rows;    // … and rows a part, a multiple of kRowBlock
+  bool streamed;         // forward: whether to write the votes past the cache
   void* partial;         // [T, splits, D, J·E]: sums of the parts, accumulation dtype; none for one part
 };
 
@@ -44,10 +45,10 @@ CAPS_INLINE void multiply_add(V (&sum)[tile][ways], const T* a, int64_t a_m, int
   for (int64_t k = 0; k < size; ++k) {
     const T* row = b(k);
     V y[ways];
-    for (int w = 0; w < ways; ++w) y[w] = load<V>(row + offset[w]);
-    for (int m = 0; m < tile; ++m) {
+    CAPS_UNROLL for (int w = 0; w < ways; ++w) y[w] = load<V>(row + offset[w]);
+    CAPS_UNROLL for (int m = 0; m < tile; ++m) {
       const V x = splat<V>(a[m * a_m + k * a_k]);
-      for (int w = 0; w < ways; ++w) sum[m][w] += x * y[w];
+      CAPS_UNROLL for (int w = 0; w < ways; ++w) sum[m][w] += x * y[w];
     }
   }
 }
@@ -102,6 +103,7 @@ class Votes {
         }
       }
     }
+    finish_streaming();
   }
 
   void backward(int64_t chunk) {
@@ -186,8 +188,8 @@ class Votes {
   // The addresses of the rows of grad_votes, or of copies of them.
   void read_grads(int64_t t, int64_t first, int64_t count) {
     const View<4>& votes = args.votes;
-    const bool usable = std::is_same_v<scalar_t, T> && padded == J * E && votes.stride[3] == 1 &&
-                        (J == 1 || votes.stride[2] == E);
+    const bool consecutive = (E == 1 || votes.stride[3] == 1) && (J == 1 || votes.stride[2] == E);
+    const bool usable = std::is_same_v<scalar_t, T> && padded == J * E && consecutive;
     for (int64_t n = 0; n < count; ++n) {
       const scalar_t* from = static_cast<const scalar_t*>(votes.data) + sample_of(first + n) * votes.stride[0] +
                              capsule_of(t, first + n) * votes.stride[1];
@@ -196,7 +198,10 @@ class Votes {
         continue;
       }
       T* copy = grads + n * padded;
-      for (int64_t j = 0; j < J; ++j) copy_row(from + j * votes.stride[2], votes.stride[3], copy + j * E, E);
+      if (consecutive) copy_row(from, 1, copy, J * E);
+      for (int64_t j = 0; j < J && !consecutive; ++j) {
+        copy_row(from + j * votes.stride[2], votes.stride[3], copy + j * E, E);
+      }
       for (int64_t m = J * E; m < padded; ++m) copy[m] = 0;
       grad_rows[n] = copy;
     }
@@ -221,13 +226,18 @@ class Votes {
     const int64_t stride = d_stride;
     const auto row_of = [&](int64_t d) __attribute__((always_inline)) { return weight + d * stride; };
     multiply_add(sum, inputs, D, 1, row_of, offsets + n, D);
-    for (int w = 0; w < ways; ++w) {
-      const int64_t at = (n + w) * L, count = J * E - at;
-      for (int m = 0; m < tile; ++m) {
-        if (count >= L) store(out[m] + at, sum[m][w]);
-        else store_some(out[m] + at, sum[m][w], count);
-      }
+    CAPS_UNROLL for (int m = 0; m < tile; ++m) {
+      CAPS_UNROLL for (int w = 0; w < ways; ++w) write(out[m], n + w, sum[m][w]);
     }
+  }
+
+  CAPS_INLINE void write(scalar_t* row, int64_t n, V value) const {
+    const int64_t at = n * L, count = J * E - at;
+    if constexpr (std::is_same_v<scalar_t, T> && kCanStream<V>) {
+      if (args.streamed) return stream(row + at, value);
+    }
+    if (count >= L) store(row + at, value);
+    else store_some(row + at, value, count);
   }
 
   // grad_u: Σ_je W_jde g_je of each row, lanes along (j, e) until the very end.
@@ -242,10 +252,10 @@ class Votes {
         for (int r = 0; r < kRows; ++r) g[r] = grad_rows[n + r < count ? n + r : n];
         for (int64_t v = 0; v < vectors; ++v) {
           V y[kRows];
-          for (int r = 0; r < kRows; ++r) y[r] = load<V>(g[r] + v * L);
-          for (int m = 0; m < kDims; ++m) {
+          CAPS_UNROLL for (int r = 0; r < kRows; ++r) y[r] = load<V>(g[r] + v * L);
+          CAPS_UNROLL for (int m = 0; m < kDims; ++m) {
             const V x = load<V>(w[m] + offsets[v]);
-            for (int r = 0; r < kRows; ++r) sum[r][m] += x * y[r];
+            CAPS_UNROLL for (int r = 0; r < kRows; ++r) sum[r][m] += x * y[r];
           }
         }
         const V lanes = sums_of_rows<V>([&](int64_t k)
@@ -281,8 +291,8 @@ class Votes {
     const int64_t offset[2] = {n * L, n * L + L};
     const auto row_of = [&](int64_t k) __attribute__((always_inline)) { return grad_rows[k]; };
     multiply_add(sum, inputs + d, 1, D, row_of, offset, count);
-    for (int m = 0; m < tile; ++m) {
-      for (int w = 0; w < ways; ++w) {
+    CAPS_UNROLL for (int m = 0; m < tile; ++m) {
+      CAPS_UNROLL for (int w = 0; w < ways; ++w) {
         T* to = sums + (d + m) * padded + (n + w) * L;
         store(to, load<V>(to) + sum[m][w]);
       }
@@ -373,6 +383,7 @@ Tensor predict_votes_fwd(Tensor u, Tensor weight, int64_t positions) {
   VotesArgs args = votes_args(u, weight, positions);
   Tensor votes = empty(u, {u.size(0), u.size(1), weight.size(1), weight.size(3)});
   args.votes = view_of<4>(votes);
+  args.streamed = worth_streaming(votes) && weight.size(1) * weight.size(3) * int64_t(votes.element_size()) % 64 == 0;
   launch(votes_forward, args, u.size(0) == 0 ? 0 : chunks_of(args), work_of_chunk(args));
   return votes;
 }

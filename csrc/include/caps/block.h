@@ -14,6 +14,8 @@ template <typename T>
 struct Block {
   T* rows;
   int64_t i_stride, j_stride;
+  int64_t ahead = 0;
+  bool streamed = false;  // as a result: write past the cache
 };
 
 // The loops over a block, for vectors V along E and kE of them a row (0: any number). Lower capsules are k = 0 … L - 1.
@@ -24,11 +26,26 @@ struct Loops {
 
   static CAPS_INLINE int64_t vectors(int64_t padded) { return kE > 0 ? kE : padded / W; }
 
+  static CAPS_INLINE void write(T* to, V value, bool streamed) {
+    if constexpr (kCanStream<V>) {
+      if (streamed) return stream(to, value);
+    }
+    store(to, value);
+  }
+
+  static CAPS_INLINE void prefetch(const T* rows, const Block<T>& block) {
+    if (block.ahead == 0) return;
+    for (int k = 0; k < L; ++k) {
+      __builtin_prefetch(rows + k * block.i_stride + block.ahead, 0, 3);
+    }
+  }
+
   // out[j][k] = û_kj · x_j
   static void dots(const Block<T>& block, const T* x, T* out, int64_t J, int64_t padded) {
     for (int64_t j = 0; j < J; ++j) {
       const T* rows = block.rows + j * block.j_stride;
       const T* vector = x + j * padded;
+      prefetch(rows, block);
       for (int k = 0; k < L; k += W) {
         const auto row = [&](int64_t n) __attribute__((always_inline)) {
           const T* from = rows + (k + n) * block.i_stride;
@@ -45,14 +62,15 @@ struct Loops {
   static void add(const Block<T>& block, const T* c, T* s, int64_t J, int64_t padded) {
     constexpr int ways = L < 4 ? L : 4;  // independent sums, for the latency of an addition
     for (int64_t j = 0; j < J; ++j) {
+      prefetch(block.rows + j * block.j_stride, block);
       for (int64_t e = 0; e < vectors(padded); ++e) {
         const T* rows = block.rows + j * block.j_stride + e * W;
         V sum[ways] = {};
         for (int k = 0; k < L; k += ways) {
-          for (int n = 0; n < ways; ++n) sum[n] += c[j * L + k + n] * load<V>(rows + (k + n) * block.i_stride);
+          CAPS_UNROLL for (int n = 0; n < ways; ++n) sum[n] += c[j * L + k + n] * load<V>(rows + (k + n) * block.i_stride);
         }
-        for (int n = ways / 2; n > 0; n /= 2) {
-          for (int m = 0; m < n; ++m) sum[m] += sum[m + n];
+        CAPS_UNROLL for (int n = ways / 2; n > 0; n /= 2) {
+          CAPS_UNROLL for (int m = 0; m < n; ++m) sum[m] += sum[m + n];
         }
         T* to = s + j * padded + e * W;
         store(to, load<V>(to) + sum[0]);
@@ -72,9 +90,10 @@ struct Loops {
           for (V& one : sum) one = load<V>(first + at);
           for (int64_t n = 0; n < count; ++n) {
             const V vector = load<V>(x + n * J * padded + at);
-            for (int m = 0; m < tile; ++m) sum[m] += c[(n * J + j) * L + k + m] * vector;
+            CAPS_UNROLL for (int m = 0; m < tile; ++m) sum[m] += c[(n * J + j) * L + k + m] * vector;
           }
-          for (int m = 0; m < tile; ++m) store(out.rows + (k + m) * out.i_stride + j * out.j_stride + e * W, sum[m]);
+          T* to = out.rows + k * out.i_stride + j * out.j_stride + e * W;
+          CAPS_UNROLL for (int m = 0; m < tile; ++m) write(to + m * out.i_stride, sum[m], out.streamed);
         }
       }
     }

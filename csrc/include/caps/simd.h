@@ -189,6 +189,28 @@ CAPS_INLINE void store(Float16* to, V value) {
   __builtin_memcpy(to, &memory, sizeof(memory));
 }
 
+// Stores a whole cache line without reading it first and without keeping it in the cache: for results far larger than
+// that. `to` must be aligned to 64 bytes, and finish_streaming be called before another thread may read them.
+template <typename V>
+constexpr bool kCanStream = sizeof(V) == 64;
+
+template <typename V>
+CAPS_INLINE void stream(Element<V>* to, V value) {
+  static_assert(kCanStream<V>);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(value[0]) == 4) _mm512_stream_ps(to, (__m512)value);
+  else _mm512_stream_pd(to, (__m512d)value);
+#else
+  store(to, value);
+#endif
+}
+
+CAPS_INLINE void finish_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // Lanes 0 … count - 1 from memory `stride` elements apart; the others are 0.
 template <typename V, typename scalar_t>
 CAPS_INLINE V load_strided(const scalar_t* from, int64_t stride, int64_t count) {
