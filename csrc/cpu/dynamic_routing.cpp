@@ -88,15 +88,17 @@ class Routing {
         E(args.votes.size[3]),
         chunks(args.chunks()),
         pair_count(args.pairs()),
-        loops(loops_for<T>(E)),
-        row(J * loops.padded),
+        loops(loops_for<scalar_t>(E)),
+        padded((E + loops.width - 1) / loops.width * loops.width),
+        shape{J, E, padded},
+        row(J * padded),
         uniform(T(1) / T(J + (args.leaky ? 1 : 0))) {
-    const int64_t own = args.samples == nullptr ? args.numbers(loops.padded) : 0;
+    const int64_t own = args.samples == nullptr ? args.numbers(padded) : 0;
     const int64_t coefficients = (pair_count > 2 ? pair_count : 2) * J * L;
-    memory = static_cast<T*>(scratch(Scratch::chunk, (own + coefficients + (L + 1) * row) * int64_t(sizeof(T))));
+    memory = static_cast<T*>(scratch(Scratch::chunk, (own + coefficients + (L + 1) * row + L) * int64_t(sizeof(T))));
     local_coefficients = memory + own;
     group_sum = local_coefficients + coefficients;
-    staging = group_sum + row;
+    staging = reinterpret_cast<scalar_t*>(group_sum + row);
   }
 
   void forward(int64_t b) {
@@ -113,9 +115,9 @@ class Routing {
     if (t == 0) fill(c, uniform, J * L);
     const bool wants_coupling = t == args.iterations - 1 && args.coupling.data != nullptr;
     sum_over_chunk(chunk, sample.partial + chunk * row, [&](int64_t i, int64_t count) {
-      const Block<T> block = stage(b, i, count);
+      const Block<scalar_t> block = stage(b, i, count);
       if (t > 0) couplings(block, sample.total, c);
-      loops.add(block, c, group_sum, J, loops.padded);
+      loops.add(block, c, group_sum, shape);
       if (wants_coupling) write_coupling(c, b, i, count);
     });
   }
@@ -127,16 +129,16 @@ class Routing {
     T* s = static_cast<T*>(args.s.data) + t * args.s.stride[0] + b * args.s.stride[1];
     for (int64_t j = 0; j < J; ++j) {
       const scalar_t* bias = static_cast<const scalar_t*>(args.bias.data) + j * args.bias.stride[0];
-      T* of_j = sample.partial + j * loops.padded;
+      T* of_j = sample.partial + j * padded;
       for (int64_t e = 0; e < E && args.bias.data != nullptr; ++e) of_j[e] += load_one(bias + e * args.bias.stride[1]);
       for (int64_t e = 0; e < E; ++e) s[j * E + e] = of_j[e];
-      squash_row(of_j, sample.v + j * loops.padded, loops.padded);
+      squash_row(of_j, sample.v + j * padded, padded);
     }
     if (t == 0) fill(sample.total, T(0), row);
     if (t < args.iterations - 1) return accumulate(sample.total, sample.v);
     scalar_t* v = static_cast<scalar_t*>(args.v.data) + b * J * E;
     for (int64_t j = 0; j < J; ++j) {
-      for (int64_t e = 0; e < E; ++e) store_one(v + j * E + e, sample.v[j * loops.padded + e]);
+      for (int64_t e = 0; e < E; ++e) store_one(v + j * E + e, sample.v[j * padded + e]);
     }
   }
 
@@ -158,7 +160,7 @@ class Routing {
       T* total = pair(sample, t + 1) + row;
       read(args.s, t, b, sample.s);
       for (int64_t j = 0; j < J; ++j) {
-        squash_row(sample.s + j * loops.padded, total + j * loops.padded, loops.padded);
+        squash_row(sample.s + j * padded, total + j * padded, padded);
       }
       accumulate(total, sample.v);
       copy(sample.v, total, row);
@@ -174,10 +176,10 @@ class Routing {
   void backward_pass(int64_t b, int64_t chunk, int64_t t) {
     const Sample<T> sample = memory_of(b);
     sum_over_chunk(chunk, sample.partial + chunk * row, [&](int64_t i, int64_t count) {
-      const Block<T> block = stage(b, i, count);
+      const Block<scalar_t> block = stage(b, i, count);
       T* c = args.remember ? remembered(sample, i, t) : local_coefficients;
       coefficients(block, pair(sample, t), c);
-      loops.add(block, c + J * L, group_sum, J, loops.padded);
+      loops.add(block, c + J * L, group_sum, shape);
     });
   }
 
@@ -197,16 +199,16 @@ class Routing {
       const int64_t count = end - i < L ? end - i : L;
       const T* c = args.remember ? remembered(sample, i, args.iterations - 1) : local_coefficients;
       if (!args.remember && pair_count > 0) {
-        const Block<T> block = stage(b, i, count);
+        const Block<scalar_t> block = stage(b, i, count);
         if (args.last) couplings(block, sample.pairs + row, local_coefficients);
         for (int64_t n = 0; n < pair_count && !args.last; n += 2) {
           coefficients(block, sample.pairs + n * row, local_coefficients + n * J * L);
         }
       }
       scalar_t* out = static_cast<scalar_t*>(args.grad_votes.data) + (b * I + i) * J * E;
-      const bool direct = whole_rows(count);
-      const Block<T> block = direct ? Block<T>{reinterpret_cast<T*>(out), J * E, E, 0, args.streamed} : staged_block();
-      loops.combine(block, sample.first, c, sample.pairs, args.last ? pair_count > 0 : pair_count, J, loops.padded);
+      const bool direct = count == L && E == padded;
+      const Block<scalar_t> block = direct ? Block<scalar_t>{out, J * E, E, 0, args.streamed} : staged_block();
+      loops.combine(block, sample.first, c, sample.pairs, args.last ? pair_count > 0 : pair_count, shape);
       if (!direct) unstage(out, count);
     }
     finish_streaming();
@@ -216,7 +218,8 @@ class Routing {
   static void fill(T* to, T value, int64_t count) {
     for (int64_t n = 0; n < count; ++n) to[n] = value;
   }
-  static void copy(T* to, const T* from, int64_t count) {
+  template <typename number>
+  static void copy(number* to, const number* from, int64_t count) {
     for (int64_t n = 0; n < count; ++n) to[n] = from[n];
   }
   void accumulate(T* to, const T* from) const {
@@ -260,15 +263,15 @@ class Routing {
     }
   }
 
-  void couplings(const Block<T>& block, const T* total, T* c) const {
-    loops.dots(block, total, c, J, loops.padded);
+  void couplings(const Block<scalar_t>& block, const T* total, T* c) const {
+    loops.dots(block, total, c, shape);
     softmax(c, J, args.leaky);
   }
 
   // c^t and gb^t from g^t and V^{t-1}.
-  void coefficients(const Block<T>& block, const T* pair, T* c) const {
+  void coefficients(const Block<scalar_t>& block, const T* pair, T* c) const {
     couplings(block, pair + row, c);
-    loops.dots(block, pair, c + J * L, J, loops.padded);
+    loops.dots(block, pair, c + J * L, shape);
     softmax_backward(c, c + J * L, J);
   }
 
@@ -276,8 +279,8 @@ class Routing {
   void set_gradient(const Sample<T>& sample, int64_t b, int64_t t) {
     T* gradient = t > 0 ? pair(sample, t) : sample.gradient;
     read(args.s, t, b, sample.s);
-    for (int64_t j = 0; j < row; j += loops.padded) {
-      squash_row_backward(sample.total + j, sample.s + j, gradient + j, loops.padded);
+    for (int64_t j = 0; j < row; j += padded) {
+      squash_row_backward(sample.total + j, sample.s + j, gradient + j, padded);
     }
     for (int64_t n = 0; n < row && t == 0; ++n) sample.first[n] = uniform * gradient[n];
     if (args.bias_sums == nullptr) return;
@@ -285,7 +288,7 @@ class Routing {
     for (int64_t j = 0; j < J; ++j) {
       for (int64_t e = 0; e < E; ++e) {
         const T before = t == args.iterations - 1 ? T(0) : bias[j * E + e];
-        bias[j * E + e] = before + gradient[j * loops.padded + e];
+        bias[j * E + e] = before + gradient[j * padded + e];
       }
     }
   }
@@ -295,55 +298,45 @@ class Routing {
   void read(const View<4>& view, int64_t t, int64_t b, T* x) const {
     const from_t* from = static_cast<const from_t*>(view.data) + t * view.stride[0] + b * view.stride[1];
     for (int64_t j = 0; j < J; ++j) {
-      for (int64_t e = 0; e < loops.padded; ++e) {
-        x[j * loops.padded + e] = e < E ? load_one(from + j * view.stride[2] + e * view.stride[3]) : T(0);
+      for (int64_t e = 0; e < padded; ++e) {
+        x[j * padded + e] = e < E ? load_one(from + j * view.stride[2] + e * view.stride[3]) : T(0);
       }
     }
   }
 
-  // Whether a block's rows can be used where they lie, given that E is contiguous.
-  bool whole_rows(int64_t count) const { return std::is_same_v<scalar_t, T> && E == loops.padded && count == L; }
-  Block<T> staged_block() const { return {staging, row, loops.padded}; }
+  // Whether the loops can work on rows of E consecutive numbers where they lie.
+  bool fits_rows(int64_t count) const { return count == L && (E == padded || kPartsLoad<scalar_t>); }
+  Block<scalar_t> staged_block() const { return {staging, row, padded}; }
 
   // Rows of the block of `count` capsules that begins with i; where they cannot be used as they lie, a copy.
-  Block<T> stage(int64_t b, int64_t i, int64_t count) {
+  Block<scalar_t> stage(int64_t b, int64_t i, int64_t count) {
     const View<4>& votes = args.votes;
     scalar_t* from = static_cast<scalar_t*>(votes.data) + b * votes.stride[0] + i * votes.stride[1];
-    if (votes.stride[3] == 1 && whole_rows(count)) {
-      return {reinterpret_cast<T*>(from), votes.stride[1], votes.stride[2], L * votes.stride[1]};
+    if ((E == 1 || votes.stride[3] == 1) && fits_rows(count)) {
+      return {from, votes.stride[1], votes.stride[2], L * votes.stride[1]};
     }
-    for (int64_t k = 0; k < L; ++k) {
+    for (int64_t n = 0; n < L * row; ++n) staging[n] = scalar_t{};
+    for (int64_t k = 0; k < count; ++k) {
       for (int64_t j = 0; j < J; ++j) {
-        T* to = staging + k * row + j * loops.padded;
-        if (k >= count) fill(to, T(0), loops.padded);
-        else stage_row(from + k * votes.stride[1] + j * votes.stride[2], votes.stride[3], to);
+        const scalar_t* numbers = from + k * votes.stride[1] + j * votes.stride[2];
+        if (votes.stride[3] == 1) copy(staging + k * row + j * padded, numbers, E);
+        else for (int64_t e = 0; e < E; ++e) staging[k * row + j * padded + e] = numbers[e * votes.stride[3]];
       }
     }
     return staged_block();
   }
 
-  CAPS_INLINE void stage_row(const scalar_t* from, int64_t stride, T* to) const {
-    using V = Vec<T, 16 / sizeof(T)>;
-    constexpr int n = kLanesOf<V>, wide = kLanes<T>;
-    int64_t e = 0;
-    if (stride == 1) {
-      for (; e + wide <= E; e += wide) store(to + e, load<Vec<T>>(from + e));
-      for (; e + n <= E; e += n) store(to + e, load<V>(from + e));
-    }
-    for (; e < loops.padded; e += n) store(to + e, load_strided<V>(from + e * stride, stride, E - e < n ? E - e : n));
-  }
-
-  // Rows from `staging` to consecutive memory.
+  // Rows from `staging` to consecutive memory. Whole vectors are written, and what is too much is overwritten by the
+  // next row; the last rows are copied number by number.
   void unstage(scalar_t* to, int64_t count) const {
-    using V = Vec<T, 16 / sizeof(T)>;
-    constexpr int n = kLanesOf<V>, wide = kLanes<T>;
+    using Bytes = Vec<uint8_t>;
+    constexpr int64_t n = kVectorBytes / sizeof(scalar_t);
+    const scalar_t* end = to + count * J * E;
     for (int64_t k = 0; k < count; ++k) {
-      for (int64_t j = 0; j < J; ++j, to += E) {
-        const T* from = staging + k * row + j * loops.padded;
-        int64_t e = 0;
-        for (; e + wide <= E; e += wide) store(to + e, load<Vec<T>>(from + e));
-        for (; e + n <= E; e += n) store(to + e, load<V>(from + e));
-        if (e < E) store_strided(to + e, 1, load<V>(from + e), E - e);
+      const scalar_t* from = staging + k * row;
+      for (int64_t j = 0; j < J; ++j, from += padded, to += E) {
+        if (end - to < E + n) copy(to, from, E);
+        else for (int64_t e = 0; e < E; e += n) __builtin_memcpy(to + e, from + e, sizeof(Bytes));
       }
     }
   }
@@ -357,10 +350,13 @@ class Routing {
 
   const RoutingArgs& args;
   const int64_t I, J, E, chunks, pair_count;
-  const LoopTable<T> loops;
+  const LoopTable<scalar_t> loops;
+  const int64_t padded;  // E rounded up to whole vectors
+  const BlockShape shape;
   const int64_t row;  // J · padded
   const T uniform;    // a coupling of the first iteration
-  T *memory, *local_coefficients, *group_sum, *staging;
+  T *memory, *local_coefficients, *group_sum;
+  scalar_t* staging;
 };
 
 // grad_bias of one higher capsule, with samples added up in groups of 32.

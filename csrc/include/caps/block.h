@@ -9,48 +9,61 @@
 
 namespace caps::CAPS_ISA {
 
-// Rows û_ij of a block of kLanes<T> input capsules, E padded with zeros to whole vectors.
-template <typename T>
+// Rows û_kj of E consecutive numbers, k = 0 … L - 1. They are padded with zeros to whole vectors where a part of a
+// vector cannot be loaded (kPartsLoad).
+template <typename scalar_t>
 struct Block {
-  T* rows;
-  int64_t i_stride, j_stride;
-  int64_t ahead = 0;
-  bool streamed = false;  // as a result: write past the cache
+  scalar_t* rows;
+  int64_t k_stride, j_stride;
+  int64_t ahead = 0;      // distance of the block to be read next, for prefetching; 0: none
+  bool streamed = false;  // a result: write past the cache
 };
 
-// The loops over a block, for vectors V along E and kE of them a row (0: any number). Lower capsules are k = 0 … L - 1.
-template <typename V, int kE>
+struct BlockShape {
+  int64_t J, E;
+  int64_t padded;  // E rounded up to whole vectors; vectors [J, padded] and coefficients [J, L] belong to a block
+};
+
+// The loops for vectors V along E and kE of them a row (0: any number), the last of which is a part or not.
+template <typename scalar_t, typename V, int kE, bool part>
 struct Loops {
   using T = Element<V>;
+  using Rows = Block<scalar_t>;
   static constexpr int W = kLanesOf<V>, L = kLanes<T>;
 
-  static CAPS_INLINE int64_t vectors(int64_t padded) { return kE > 0 ? kE : padded / W; }
+  static CAPS_INLINE int64_t vectors(const BlockShape& shape) { return kE > 0 ? kE : shape.padded / W; }
 
-  static CAPS_INLINE void write(T* to, V value, bool streamed) {
-    if constexpr (kCanStream<V>) {
+  static CAPS_INLINE V read(const scalar_t* row, int64_t n, const BlockShape& shape) {
+    if (part && n == vectors(shape) - 1) return load_some<V>(row + n * W, shape.E - n * W);
+    return load<V>(row + n * W);
+  }
+
+  static CAPS_INLINE void write(scalar_t* to, V value, bool streamed) {
+    if constexpr (std::is_same_v<scalar_t, T> && kCanStream<V>) {
       if (streamed) return stream(to, value);
     }
     store(to, value);
   }
 
-  static CAPS_INLINE void prefetch(const T* rows, const Block<T>& block) {
+  static CAPS_INLINE void prefetch(const scalar_t* rows, const Rows& block, const BlockShape& shape) {
     if (block.ahead == 0) return;
-    for (int k = 0; k < L; ++k) {
-      __builtin_prefetch(rows + k * block.i_stride + block.ahead, 0, 3);
+    constexpr int64_t line = 64 / sizeof(scalar_t);
+    for (int64_t e = 0; e < shape.E; e += line) {
+      for (int k = 0; k < L; ++k) __builtin_prefetch(rows + k * block.k_stride + block.ahead + e);
     }
   }
 
   // out[j][k] = û_kj · x_j
-  static void dots(const Block<T>& block, const T* x, T* out, int64_t J, int64_t padded) {
-    for (int64_t j = 0; j < J; ++j) {
-      const T* rows = block.rows + j * block.j_stride;
-      const T* vector = x + j * padded;
-      prefetch(rows, block);
+  static void dots(const Rows& block, const T* x, T* out, const BlockShape& shape) {
+    for (int64_t j = 0; j < shape.J; ++j) {
+      const scalar_t* rows = block.rows + j * block.j_stride;
+      const T* vector = x + j * shape.padded;
+      prefetch(rows, block, shape);
       for (int k = 0; k < L; k += W) {
         const auto row = [&](int64_t n) __attribute__((always_inline)) {
-          const T* from = rows + (k + n) * block.i_stride;
-          V sum = load<V>(from) * load<V>(vector);
-          for (int64_t e = 1; e < vectors(padded); ++e) sum += load<V>(from + e * W) * load<V>(vector + e * W);
+          const scalar_t* from = rows + (k + n) * block.k_stride;
+          V sum = read(from, 0, shape) * load<V>(vector);
+          for (int64_t e = 1; e < vectors(shape); ++e) sum += read(from, e, shape) * load<V>(vector + e * W);
           return sum;
         };
         store(out + j * L + k, sums_of_rows<V>(row));
@@ -59,74 +72,78 @@ struct Loops {
   }
 
   // s_j += Σ_k c[j][k] û_kj
-  static void add(const Block<T>& block, const T* c, T* s, int64_t J, int64_t padded) {
+  static void add(const Rows& block, const T* c, T* s, const BlockShape& shape) {
     constexpr int ways = L < 4 ? L : 4;  // independent sums, for the latency of an addition
-    for (int64_t j = 0; j < J; ++j) {
-      prefetch(block.rows + j * block.j_stride, block);
-      for (int64_t e = 0; e < vectors(padded); ++e) {
-        const T* rows = block.rows + j * block.j_stride + e * W;
+    for (int64_t j = 0; j < shape.J; ++j) {
+      const scalar_t* rows = block.rows + j * block.j_stride;
+      prefetch(rows, block, shape);
+      for (int64_t e = 0; e < vectors(shape); ++e) {
         V sum[ways] = {};
         for (int k = 0; k < L; k += ways) {
-          CAPS_UNROLL for (int n = 0; n < ways; ++n) sum[n] += c[j * L + k + n] * load<V>(rows + (k + n) * block.i_stride);
+          CAPS_UNROLL for (int n = 0; n < ways; ++n) {
+            sum[n] += c[j * L + k + n] * read(rows + (k + n) * block.k_stride, e, shape);
+          }
         }
         CAPS_UNROLL for (int n = ways / 2; n > 0; n /= 2) {
           CAPS_UNROLL for (int m = 0; m < n; ++m) sum[m] += sum[m + n];
         }
-        T* to = s + j * padded + e * W;
+        T* to = s + j * shape.padded + e * W;
         store(to, load<V>(to) + sum[0]);
       }
     }
   }
 
-  // out_kj = first_j + Σ_n c[n][j][k] x[n]_j
-  static void combine(const Block<T>& out, const T* first, const T* c, const T* x, int64_t count, int64_t J,
-                      int64_t padded) {
+  // out_kj = first_j + Σ_n c[n][j][k] x[n]_j, padded rows
+  static void combine(const Rows& out, const T* first, const T* c, const T* x, int64_t count, const BlockShape& shape) {
     constexpr int tile = L < 8 ? L : 8;
-    for (int64_t j = 0; j < J; ++j) {
-      for (int64_t e = 0; e < vectors(padded); ++e) {
-        const int64_t at = j * padded + e * W;
+    for (int64_t j = 0; j < shape.J; ++j) {
+      for (int64_t e = 0; e < vectors(shape); ++e) {
+        const int64_t at = j * shape.padded + e * W;
         for (int k = 0; k < L; k += tile) {
           V sum[tile];
-          for (V& one : sum) one = load<V>(first + at);
+          CAPS_UNROLL for (int m = 0; m < tile; ++m) sum[m] = load<V>(first + at);
           for (int64_t n = 0; n < count; ++n) {
-            const V vector = load<V>(x + n * J * padded + at);
-            CAPS_UNROLL for (int m = 0; m < tile; ++m) sum[m] += c[(n * J + j) * L + k + m] * vector;
+            const V vector = load<V>(x + n * shape.J * shape.padded + at);
+            CAPS_UNROLL for (int m = 0; m < tile; ++m) sum[m] += c[(n * shape.J + j) * L + k + m] * vector;
           }
-          T* to = out.rows + k * out.i_stride + j * out.j_stride + e * W;
-          CAPS_UNROLL for (int m = 0; m < tile; ++m) write(to + m * out.i_stride, sum[m], out.streamed);
+          scalar_t* to = out.rows + k * out.k_stride + j * out.j_stride;
+          CAPS_UNROLL for (int m = 0; m < tile; ++m) write(to + m * out.k_stride + e * W, sum[m], out.streamed);
         }
       }
     }
   }
 };
 
-template <typename T>
+template <typename scalar_t>
 struct LoopTable {
-  int64_t padded;
-  void (*dots)(const Block<T>&, const T*, T*, int64_t J, int64_t padded);
-  void (*add)(const Block<T>&, const T*, T*, int64_t J, int64_t padded);
-  void (*combine)(const Block<T>&, const T*, const T*, const T*, int64_t count, int64_t J, int64_t padded);
+  using T = Acc<scalar_t>;
+  int width;
+  void (*dots)(const Block<scalar_t>&, const T*, T*, const BlockShape&);
+  void (*add)(const Block<scalar_t>&, const T*, T*, const BlockShape&);
+  void (*combine)(const Block<scalar_t>&, const T*, const T*, const T*, int64_t count, const BlockShape&);
 };
 
-template <typename V, int kE>
-LoopTable<Element<V>> loop_table(int64_t E) {
-  const int64_t padded = (E + kLanesOf<V> - 1) / kLanesOf<V> * kLanesOf<V>;
-  return {padded, &Loops<V, kE>::dots, &Loops<V, kE>::add, &Loops<V, kE>::combine};
+template <typename scalar_t, typename V, int kE>
+LoopTable<scalar_t> loop_table(int64_t E) {
+  if constexpr (kPartsLoad<scalar_t>) {
+    using Parts = Loops<scalar_t, V, kE, true>;
+    if (E % kLanesOf<V> != 0) return {kLanesOf<V>, &Parts::dots, &Parts::add, &Parts::combine};
+  }
+  using Whole = Loops<scalar_t, V, kE, false>;
+  return {kLanesOf<V>, &Whole::dots, &Whole::add, &Whole::combine};
 }
 
-// The loops for rows of E numbers: the narrowest vector that holds a row, or as many of the widest as it takes.
-template <typename T>
-LoopTable<T> loops_for(int64_t E) {
-  constexpr int n = kLanes<T>, least = 16 / sizeof(T);
-  if constexpr (n >= 4 * least) {
-    if (E <= n / 4) return loop_table<Vec<T, n / 4>, 1>(E);
+// The loops for rows of E numbers: half a vector where that holds a row, else as many vectors as it takes.
+template <typename scalar_t>
+LoopTable<scalar_t> loops_for(int64_t E) {
+  using T = Acc<scalar_t>;
+  constexpr int n = kLanes<T>;
+  if constexpr (kVectorBytes > 16) {
+    if (E <= n / 2) return loop_table<scalar_t, Vec<T, n / 2>, 1>(E);
   }
-  if constexpr (n >= 2 * least) {
-    if (E <= n / 2) return loop_table<Vec<T, n / 2>, 1>(E);
-  }
-  if (E <= n) return loop_table<Vec<T>, 1>(E);
-  if (E <= 2 * n) return loop_table<Vec<T>, 2>(E);
-  return loop_table<Vec<T>, 0>(E);
+  if (E <= n) return loop_table<scalar_t, Vec<T>, 1>(E);
+  if (E <= 2 * n) return loop_table<scalar_t, Vec<T>, 2>(E);
+  return loop_table<scalar_t, Vec<T>, 0>(E);
 }
 
 }  // namespace caps::CAPS_ISA

@@ -227,18 +227,58 @@ CAPS_INLINE void store_strided(scalar_t* to, int64_t stride, V value, int64_t co
   for (int64_t i = 0; i < count; ++i) to[i * stride] = memory[i];
 }
 
+// Whether load_some and store_some are about as fast as load and store.
+#if defined(__AVX512F__)
+template <typename scalar_t>
+constexpr bool kPartsLoad = true;
+#elif defined(__AVX2__)
+template <typename scalar_t>
+constexpr bool kPartsLoad = sizeof(scalar_t) > 2;
+#else
+template <typename scalar_t>
+constexpr bool kPartsLoad = false;
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of lanes 0 … count - 1.
+template <typename V>
+CAPS_INLINE IntsOf<V> first_lanes(int64_t count) {
+  IntsOf<V> index;
+  for (int i = 0; i < kLanesOf<V>; ++i) index[i] = i;
+  return index < splat<IntsOf<V>>(Element<IntsOf<V>>(count));
+}
+#endif
+
 // Lanes 0 … count - 1 from consecutive memory, nothing beyond it touched; the others are 0.
 template <typename V, typename scalar_t>
 CAPS_INLINE V load_some(const scalar_t* from, int64_t count) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64 && std::is_same_v<scalar_t, float>) {
-    return (V)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
-  } else if constexpr (sizeof(V) == 64 && std::is_same_v<scalar_t, double>) {
-    return (V)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from);
-  } else if constexpr (sizeof(V) == 64) {
-    const auto memory = (Vec<uint16_t, 16>)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
-    if constexpr (std::is_same_v<scalar_t, BFloat16>) return widen_bfloat16<16>(memory);
-    else return widen_float16<16>(memory);
+  const auto mask = (1u << count) - 1;
+  if constexpr (sizeof(scalar_t) == 2) {
+    Vec<uint16_t, kLanesOf<V>> memory;
+    if constexpr (sizeof(V) == 64) memory = (decltype(memory))_mm256_maskz_loadu_epi16(__mmask16(mask), from);
+    else if constexpr (sizeof(V) == 32) memory = (decltype(memory))_mm_maskz_loadu_epi16(__mmask8(mask), from);
+    else return load_strided<V>(from, 1, count);
+    if constexpr (std::is_same_v<scalar_t, BFloat16>) return widen_bfloat16<kLanesOf<V>>(memory);
+    else return widen_float16<kLanesOf<V>>(memory);
+  } else if constexpr (sizeof(scalar_t) == 4) {
+    if constexpr (sizeof(V) == 64) return (V)_mm512_maskz_loadu_ps(__mmask16(mask), from);
+    else if constexpr (sizeof(V) == 32) return (V)_mm256_maskz_loadu_ps(__mmask8(mask), from);
+    else return (V)_mm_maskz_loadu_ps(__mmask8(mask), from);
+  } else {
+    if constexpr (sizeof(V) == 64) return (V)_mm512_maskz_loadu_pd(__mmask8(mask), from);
+    else if constexpr (sizeof(V) == 32) return (V)_mm256_maskz_loadu_pd(__mmask8(mask), from);
+    else return (V)_mm_maskz_loadu_pd(__mmask8(mask), from);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32 && sizeof(scalar_t) == 4) {
+    return (V)_mm256_maskload_ps(from, (__m256i)first_lanes<V>(count));
+  } else if constexpr (sizeof(V) == 32 && sizeof(scalar_t) == 8) {
+    return (V)_mm256_maskload_pd(from, (__m256i)first_lanes<V>(count));
+  } else if constexpr (sizeof(scalar_t) == 4) {
+    return (V)_mm_maskload_ps(from, (__m128i)first_lanes<V>(count));
+  } else if constexpr (sizeof(scalar_t) == 8) {
+    return (V)_mm_maskload_pd(from, (__m128i)first_lanes<V>(count));
   }
 #endif
   return load_strided<V>(from, 1, count);
@@ -248,18 +288,31 @@ CAPS_INLINE V load_some(const scalar_t* from, int64_t count) {
 template <typename V, typename scalar_t>
 CAPS_INLINE void store_some(scalar_t* to, V value, int64_t count) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64) {
-    if constexpr (std::is_same_v<scalar_t, float>) {
-      _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), (__m512)value);
-    } else if constexpr (std::is_same_v<scalar_t, double>) {
-      _mm512_mask_storeu_pd(to, __mmask8((1u << count) - 1), (__m512d)value);
-    } else {
-      Vec<uint16_t, 16> memory;
-      if constexpr (std::is_same_v<scalar_t, BFloat16>) memory = narrow_bfloat16<16>(value);
-      else memory = narrow_float16<16>(value);
-      _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), (__m256i)memory);
-    }
-    return;
+  const auto mask = (1u << count) - 1;
+  if constexpr (sizeof(scalar_t) == 2) {
+    Vec<uint16_t, kLanesOf<V>> memory;
+    if constexpr (std::is_same_v<scalar_t, BFloat16>) memory = narrow_bfloat16<kLanesOf<V>>(value);
+    else memory = narrow_float16<kLanesOf<V>>(value);
+    if constexpr (sizeof(V) == 64) return _mm256_mask_storeu_epi16(to, __mmask16(mask), (__m256i)memory);
+    else if constexpr (sizeof(V) == 32) return _mm_mask_storeu_epi16(to, __mmask8(mask), (__m128i)memory);
+  } else if constexpr (sizeof(scalar_t) == 4) {
+    if constexpr (sizeof(V) == 64) return _mm512_mask_storeu_ps(to, __mmask16(mask), (__m512)value);
+    else if constexpr (sizeof(V) == 32) return _mm256_mask_storeu_ps(to, __mmask8(mask), (__m256)value);
+    else return _mm_mask_storeu_ps(to, __mmask8(mask), (__m128)value);
+  } else {
+    if constexpr (sizeof(V) == 64) return _mm512_mask_storeu_pd(to, __mmask8(mask), (__m512d)value);
+    else if constexpr (sizeof(V) == 32) return _mm256_mask_storeu_pd(to, __mmask8(mask), (__m256d)value);
+    else return _mm_mask_storeu_pd(to, __mmask8(mask), (__m128d)value);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32 && sizeof(scalar_t) == 4) {
+    return _mm256_maskstore_ps(to, (__m256i)first_lanes<V>(count), (__m256)value);
+  } else if constexpr (sizeof(V) == 32 && sizeof(scalar_t) == 8) {
+    return _mm256_maskstore_pd(to, (__m256i)first_lanes<V>(count), (__m256d)value);
+  } else if constexpr (sizeof(scalar_t) == 4) {
+    return _mm_maskstore_ps(to, (__m128i)first_lanes<V>(count), (__m128)value);
+  } else if constexpr (sizeof(scalar_t) == 8) {
+    return _mm_maskstore_pd(to, (__m128i)first_lanes<V>(count), (__m128d)value);
   }
 #endif
   store_strided(to, 1, value, count);
