@@ -62,4 +62,5 @@ class PackageWithKernels(Distribution):
         return True
 
 
-setup(cmdclass={"build_ext": BuildKernels}, distclass=PackageWithKernels)
+if __name__ == "__main__":
+    setup(cmdclass={"build_ext": BuildKernels}, distclass=PackageWithKernels)
