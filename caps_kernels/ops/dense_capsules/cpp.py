@@ -46,4 +46,11 @@ def backward(
     return gradients
 
 
-IMPLEMENTATION = Implementation(forward, backward)
+def regime(u: Tensor, weight: Tensor, bias: Tensor | None, positions: int, *_: object) -> str:
+    """How a call would run: csrc/cpu/dense_capsules.cpp describes both regimes."""
+    if torch.ops.caps_kernels_cpp.dense_capsules_takes_rows(u, weight, positions):
+        return "rows: few samples, û computed once and kept"
+    return "tiles: samples in SIMD lanes, û computed again in every pass"
+
+
+IMPLEMENTATION = Implementation(forward, backward, regime=regime)

@@ -9,6 +9,13 @@ namespace caps::CAPS_ISA {
 
 CAPS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Runs f<T>() for the type in which sums are taken.
+template <typename F>
+CAPS_INLINE void with_accumulation_type(DType dtype, const F& f) {
+  if (dtype == DType::float64) f.template operator()<double>();
+  else f.template operator()<float>();
+}
+
 // `count` numbers `stride` apart in the type T, consecutive.
 template <typename T, typename scalar_t>
 CAPS_INLINE void widen_row(const scalar_t* from, int64_t stride, int64_t count, T* to) {
