@@ -28,6 +28,8 @@ def tensors(required: Mapping[str, Tensor], optional: Mapping[str, Tensor | None
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.is_nested:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got a nested tensor")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
     first_name, first = next(iter(given.items()))
@@ -97,13 +99,18 @@ def routing_grad(value: Any) -> str:
 def autocast(*given: Tensor | None) -> tuple[Any, ...]:
     """Under `torch.autocast`, the tensors in its dtype (float64 stays, as in PyTorch's own ops); else as they are."""
     first = given[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocast_is_on(first.device.type):
         return given
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in given
     )
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether `torch.autocast` is on for a device type; there are some it does not know, such as "meta"."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def backend(value: Any) -> str | None:

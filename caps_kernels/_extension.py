@@ -15,6 +15,8 @@ BUILD_REPORT = Path(__file__).with_name("_build.json")
 def _build_report() -> dict[str, str]:
     try:
         report = json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
+        if not isinstance(report, dict):
+            raise ValueError(f"it holds a {type(report).__name__} in place of an object")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

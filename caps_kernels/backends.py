@@ -147,9 +147,9 @@ def why_not(op: str, backend: str, args: Sequence[Any]) -> str | None:
     return reason if reason is not None else _IMPLEMENTATIONS[op, backend].why_not(*args)
 
 
-def select(op: str, args: Sequence[Any], backend: str | None = None) -> str:
+def select(op: str, args: Sequence[Any], backend: str | None = None, *, warn: bool = True) -> str:
     """The backend that runs `op` on `args`: the one asked for, else that of `use()`, of CAPS_KERNELS_BACKEND, or
-    the first of the device's preference that can.
+    the first of the device's preference that can. A fall to the reference is warned of once an op, unless not `warn`.
 
     Raises:
         ValueError: the name is none of `BACKENDS`.
@@ -168,7 +168,7 @@ def select(op: str, args: Sequence[Any], backend: str | None = None) -> str:
         if reason is None:
             break
         reasons.append(f"{name}: {reason}")
-    if reasons and name == "reference":
+    if warn and reasons and name == "reference":
         _warn_of_fallback(op, reasons)
     return name
 
@@ -210,12 +210,10 @@ def explain(op: str, *args: Any, **options: Any) -> Explanation:
     requested = options.pop("backend", None)
     prepared = _PREPARE[op](*args, **options)
     reasons = {name: why_not(op, name, prepared) for name in BACKENDS}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FallbackWarning)
-        try:
-            chosen = select(op, prepared, requested)
-        except BackendError:
-            chosen = None
+    try:
+        chosen = select(op, prepared, requested, warn=False)
+    except BackendError:
+        chosen = None
     return Explanation(
         Verdict(
             backend=name,

@@ -174,6 +174,7 @@ class PrimaryCapsules(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """u [B, T·H·W, D] from x [B, C, H_in, W_in]."""
+        _checks.shape("x", x, ("B", self.conv.in_channels, "H", "W"), may_be_empty="B")
         features = self.conv(x).unflatten(1, (self.capsule_types, self.capsule_dim))  # [B, T, D, H, W]
         capsules = features.flatten(3).transpose(2, 3).flatten(1, 2)  # [B, T·H·W, D]
         return squash(capsules, backend=self.backend)
@@ -243,11 +244,13 @@ class Decoder(nn.Module):
         hidden: tuple[int, int] = (512, 1024),
     ) -> None:
         super().__init__()
+        self.out_capsules = _checks.positive_int("out_capsules", out_capsules)
+        self.out_dim = _checks.positive_int("out_dim", out_dim)
         self.image_shape = tuple(_checks.positive_int("image_shape", size) for size in image_shape)
         if len(self.image_shape) != 3:
             raise ValueError(f"image_shape must be (channels, height, width), got {image_shape}")
         self.layers = nn.Sequential(
-            nn.Linear(out_capsules * out_dim, hidden[0]),
+            nn.Linear(self.out_capsules * self.out_dim, hidden[0]),
             nn.ReLU(),
             nn.Linear(hidden[0], hidden[1]),
             nn.ReLU(),
@@ -262,7 +265,7 @@ class Decoder(nn.Module):
             v: [B, J, E], the class capsules.
             target: the classes to reconstruct, long [B] or float [B, J]; None takes the longest capsule.
         """
-        _checks.shape("v", v, ("B", "J", "E"), may_be_empty="B")
+        _checks.shape("v", v, ("B", self.out_capsules, self.out_dim), may_be_empty="B")
         if target is None:
             target = v.square().sum(2).argmax(1)
         mask = one_hot_target(target, v.shape[0], v.shape[1]).to(v.dtype)  # [B, J]
@@ -272,6 +275,7 @@ class Decoder(nn.Module):
 
     def loss(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """0.392 x the mean squared error; at 28x28 that is the paper's 0.0005 x the sum."""
+        _checks.shape("images", images, reconstruction.shape)
         return self.LOSS_WEIGHT * nn.functional.mse_loss(reconstruction, images)
 
 
@@ -294,4 +298,8 @@ def one_hot_target(target: Tensor, batch: int, classes: int) -> Tensor:
     if target.dtype != torch.long:
         raise TypeError(f"target must be class indices (long) or presences (float), got {target.dtype}")
     _checks.shape("target", target, (batch,))
-    return nn.functional.one_hot(target, classes).to(torch.get_default_dtype())
+    try:
+        return nn.functional.one_hot(target, classes).to(torch.get_default_dtype())
+    except RuntimeError as error:
+        came = f"{target.min()} to {target.max()}"
+        raise ValueError(f"target must hold class indices from 0 to {classes - 1}, got {came}") from error

@@ -229,6 +229,8 @@ def test_second_derivatives_are_right(case: Case, backend: str) -> None:
 
 @smoke_case
 def test_gradgradcheck(case: Case, backend: str) -> None:
+    if case.options.get("routing_grad") == "last":
+        pytest.skip("couplings are constants for every derivative; compared with the oracle above")
     inputs = case.inputs(device=device_of(backend))
     assert torch.autograd.gradgradcheck(lambda *t: case.call(t, backend), inputs)
 

@@ -28,6 +28,8 @@ def forward(
     totals = []
     for iteration in range(iterations):
         coupling = _softmax(logits, leaky)  # [B, I, J]
+        if routing_grad == "last":
+            coupling = coupling.detach()  # [B, I, J], second derivatives go through this function
         s = torch.einsum("bij,bije->bje", coupling, votes)  # [B, J, E]
         s = s if bias is None else s + accumulate(bias)  # [B, J, E]
         totals.append(s)

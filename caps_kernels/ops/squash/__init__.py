@@ -39,6 +39,8 @@ def _prepare(s: Tensor, dim: int = -1) -> tuple[Any, ...]:
     dim = _checks.integer("dim", dim)
     if not -s.dim() <= dim < s.dim():
         raise ValueError(f"dim must be a dimension of s, which has {s.dim()}, got {dim}")
+    if s.shape[dim] < 1:
+        raise ValueError(f"s must have at least 1 element along dim {dim}, got shape {list(s.shape)}")
     # Counted from the end, it stays right when vmap adds a dimension in front.
     return s, dim if dim < 0 else dim - s.dim()
 
