@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,9 +36,7 @@ CASES = (
 def isa_names() -> list[str]:
     if _extension.MISSING["cpp"] is not None:
         return ["none"]
-    from caps_kernels import _cpp
-
-    return list(_cpp.isa_names())
+    return list(importlib.import_module("caps_kernels._cpp").isa_names())
 
 
 @pytest.fixture(params=isa_names())
