@@ -292,10 +292,10 @@ struct Plan {
   bool rows;
 };
 
-// Few samples would leave most lanes of a tile empty. Shared matrices gain from tiles even so: they stay in cache.
+// Few samples would leave most lanes of a tile empty, as a small E does those of a row. Shared matrices gain from tiles even so: they stay in cache.
 bool takes_rows(int64_t B, int64_t I, int64_t J, int64_t E, int64_t positions, int64_t item) {
   const int64_t lanes = vector_bytes() / item, width = ceil_div(E, lanes) * lanes;
-  return positions == 1 && B < lanes / 2 + 1 && B * I * J * width * item <= kVotesBudget;
+  return positions == 1 && 2 * B * width <= lanes * E && B * I * J * width * item <= kVotesBudget;
 }
 
 Plan plan(DenseArgs& a) {

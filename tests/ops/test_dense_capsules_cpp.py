@@ -88,7 +88,7 @@ def test_the_regime_is_told_and_depends_on_the_number_of_samples() -> None:
             (lanes // 2 + 1, 1, "tiles"),
             (1, 2, "tiles"),
         ):
-            u, weight = torch.randn(samples, 6, 3), torch.randn(6 // positions, 4, 3, 5)
+            u, weight = torch.randn(samples, 6, 3), torch.randn(6 // positions, 4, 3, 16)
             verdict = next(
                 v for v in backends.explain("dense_capsules", u, weight, positions=positions) if v.backend == "cpp"
             )
