@@ -10,6 +10,9 @@
 
 #define CAPS_INLINE __attribute__((always_inline)) inline
 
+// Before a loop over the vectors of an array: they are in registers only if the loop is unrolled whole.
+#define CAPS_UNROLL _Pragma("GCC unroll 32")
+
 #if defined(__x86_64__)
 #define CAPS_FOR_EACH_ISA(apply, ...) \
   apply(v2 __VA_OPT__(, ) __VA_ARGS__) apply(v3 __VA_OPT__(, ) __VA_ARGS__) apply(v4 __VA_OPT__(, ) __VA_ARGS__)

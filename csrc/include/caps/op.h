@@ -54,6 +54,12 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, std
   return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
 }
 
+// Whether a result is so large that it is better written past the cache, and is aligned to cache lines.
+inline bool worth_streaming(const Tensor& result) {
+  constexpr int64_t large = int64_t{32} << 20;
+  return result.numel() * int64_t(result.element_size()) >= large && uintptr_t(result.const_data_ptr()) % 64 == 0;
+}
+
 // Runs a kernel on chunks 0 … chunks - 1, in torch's threads. Which chunks there are must depend on the shapes alone,
 // and each must write what no other writes: then results do not depend on the number of threads.
 //   work: about how many nanoseconds a chunk takes; threads are not woken for less than 20 µs of work each

@@ -75,13 +75,12 @@ CAPS_INLINE V abs(V x) {
   return bit_cast<V>(bit_cast<I>(x) & ~sign);
 }
 
+CAPS_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+CAPS_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
 template <typename V>
 CAPS_INLINE V sqrt(V x) {
   V root;
-  for (int i = 0; i < kLanesOf<V>; ++i) {
-    if constexpr (sizeof(x[0]) == 8) root[i] = __builtin_sqrt(x[i]);
-    else root[i] = __builtin_sqrtf(x[i]);
-  }
+  for (int i = 0; i < kLanesOf<V>; ++i) root[i] = sqrt(x[i]);
   return root;
 }
 
@@ -190,6 +189,28 @@ CAPS_INLINE void store(Float16* to, V value) {
   __builtin_memcpy(to, &memory, sizeof(memory));
 }
 
+// Stores a whole cache line without reading it first and without keeping it in the cache: for results far larger than
+// that. `to` must be aligned to 64 bytes, and finish_streaming be called before another thread may read them.
+template <typename V>
+constexpr bool kCanStream = sizeof(V) == 64;
+
+template <typename V>
+CAPS_INLINE void stream(Element<V>* to, V value) {
+  static_assert(kCanStream<V>);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(value[0]) == 4) _mm512_stream_ps(to, (__m512)value);
+  else _mm512_stream_pd(to, (__m512d)value);
+#else
+  store(to, value);
+#endif
+}
+
+CAPS_INLINE void finish_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // Lanes 0 … count - 1 from memory `stride` elements apart; the others are 0.
 template <typename V, typename scalar_t>
 CAPS_INLINE V load_strided(const scalar_t* from, int64_t stride, int64_t count) {
@@ -283,6 +304,28 @@ CAPS_INLINE Element<V> reduce_add(V v) {
 template <typename V>
 CAPS_INLINE Element<V> reduce_max(V v) {
   return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// ---- Many horizontal sums at once
+
+// Lane e is a[e] + a[e ^ h] where bit h of e is clear, and the same of b where it is set.
+template <int h, typename V, int... e>
+CAPS_INLINE V fold(V a, V b, std::integer_sequence<int, e...>) {
+  constexpr int n = sizeof...(e);
+  const V kept = __builtin_shufflevector(a, b, (e & h ? n + e : e)...);
+  const V moved = __builtin_shufflevector(a, b, (e & h ? n + (e ^ h) : e ^ h)...);
+  return kept + moved;
+}
+
+// Lane k is the sum of the lanes of row(k), for k = 0 … n - 1: n - 1 folds for n sums.
+template <typename V, int n = kLanesOf<V>, typename Row>
+CAPS_INLINE V sums_of_rows(const Row& row, int64_t first = 0) {
+  if constexpr (n == 1) {
+    return row(first);
+  } else {
+    const V a = sums_of_rows<V, n / 2>(row, first), b = sums_of_rows<V, n / 2>(row, first + n / 2);
+    return fold<n / 2>(a, b, std::make_integer_sequence<int, kLanesOf<V>>());
+  }
 }
 
 // Runs f<scalar_t>() for the storage type of a dtype.

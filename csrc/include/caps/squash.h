@@ -35,15 +35,12 @@ CAPS_INLINE SquashGradient<V> squash_gradient(V square) {
   return {across, across * inverse * (1 - square) / square};
 }
 
-// A vector in polar form: s = direction · r, with direction = s · to_direction1 · to_direction2, and q = min(r, 1 / r).
+// A vector in polar form: s = direction · r with direction = s / scale / norm, and q = min(r, 1 / r).
 template <typename T>
 struct Polar {
   T scale, norm, q;
   bool inside;
 };
-
-CAPS_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-CAPS_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 // Lengths are taken of s / max|s_e|, between 1 and √E, so that no square leaves the range of T.
 template <typename scalar_t, typename T = Acc<scalar_t>>
@@ -61,7 +58,7 @@ inline Polar<T> polar_form(const scalar_t* s, int64_t stride, int64_t size) {
     const T x = load_one(s + e * stride) / scale;
     square += x * x;
   }
-  const T norm = square == 0 ? T(1) : square_root(square);
+  const T norm = square == 0 ? T(1) : sqrt(square);
   const T length = square == 0 ? T(0) : scale * norm;
   const bool inside = length <= 1;
   return {scale, norm, inside ? length : 1 / length, inside};
@@ -95,6 +92,37 @@ inline void squash_any_backward(const grad_t* grad_v, int64_t grad_stride, const
     const T direction = load_one(s + e * stride) / p.scale / p.norm;
     store_one(grad_s + e * out_stride, across * load_one(grad_v + e * grad_stride) + along * radial * direction);
   }
+}
+
+// The same for consecutive numbers, `size` being a multiple of 16 bytes.
+template <typename T>
+inline void squash_row(const T* s, T* v, int64_t size) {
+  using V = Vec<T, 16 / sizeof(T)>;
+  V squares{};
+  for (int64_t e = 0; e < size; e += kLanesOf<V>) {
+    const V x = load<V>(s + e);
+    squares += x * x;
+  }
+  const T square = reduce_add(squares);
+  if (!plain_scale(square)) return squash_any(s, 1, v, 1, size);
+  const T factor = squash_factor(square);
+  for (int64_t e = 0; e < size; ++e) v[e] = s[e] * factor;
+}
+
+template <typename T>
+inline void squash_row_backward(const T* grad_v, const T* s, T* grad_s, int64_t size) {
+  using V = Vec<T, 16 / sizeof(T)>;
+  V squares{}, dots{};
+  for (int64_t e = 0; e < size; e += kLanesOf<V>) {
+    const V x = load<V>(s + e);
+    squares += x * x;
+    dots += x * load<V>(grad_v + e);
+  }
+  const T square = reduce_add(squares);
+  if (!plain_scale(square)) return squash_any_backward(grad_v, 1, s, 1, grad_s, 1, size);
+  const auto [across, along] = squash_gradient(square);
+  const T along_dot = along * reduce_add(dots);
+  for (int64_t e = 0; e < size; ++e) grad_s[e] = across * grad_v[e] + along_dot * s[e];
 }
 
 }  // namespace caps::CAPS_ISA
