@@ -2,7 +2,7 @@
 // Only for code compiled with CAPS_ISA.
 #pragma once
 
-#include <caps/exp.h>
+#include <caps/softmax.h>
 #include <caps/tile.h>
 
 namespace caps::CAPS_ISA {
@@ -57,23 +57,6 @@ void route_uniformly(const T* u, const Weights<T>& weights, const Sizes& z, int6
   }
 }
 
-// Logits [J] become coupling coefficients.
-template <typename T>
-CAPS_INLINE void softmax(T* logits, int64_t J, bool leaky) {
-  using V = Vec<T>;
-  constexpr int lanes = kLanes<T>;
-  V top = leaky ? V{} : load<V>(logits);
-  for (int64_t j = 0; j < J; ++j) top = max(load<V>(logits + j * lanes), top);
-  V sum = leaky ? exp(-top) : V{};
-  for (int64_t j = 0; j < J; ++j) {
-    const V share = exp(load<V>(logits + j * lanes) - top);
-    store(logits + j * lanes, share);
-    sum += share;
-  }
-  const V inverse = 1 / sum;
-  for (int64_t j = 0; j < J; ++j) store(logits + j * lanes, load<V>(logits + j * lanes) * inverse);
-}
-
 // û_i [J·E] of one lower capsule, its dot products [J] with V and, in backward, with g.
 template <bool backward, typename T>
 CAPS_INLINE void votes_and_dots(const T* u, const T* matrices, const Sizes& z, const T* V, const T* g, T* votes,
@@ -112,18 +95,6 @@ CAPS_INLINE void add_weighted(const T* votes, const T* factors, const Sizes& z, 
       for (int k = 0; k < n; ++k) sum += factor[k] * load<Vec<T>>(votes + k * size + at);
       store(sums + at, sum);
     }
-  }
-}
-
-// gc [J] becomes gb = c (gc - Σ_j c gc).
-template <typename T>
-CAPS_INLINE void softmax_backward(const T* c, T* gc, int64_t J) {
-  using V = Vec<T>;
-  constexpr int lanes = kLanes<T>;
-  V mean{};
-  for (int64_t j = 0; j < J; ++j) mean += load<V>(c + j * lanes) * load<V>(gc + j * lanes);
-  for (int64_t j = 0; j < J; ++j) {
-    store(gc + j * lanes, load<V>(c + j * lanes) * (load<V>(gc + j * lanes) - mean));
   }
 }
 
