@@ -2,7 +2,7 @@
 
 CAPS_BUILD chooses: auto (the default: whatever this machine can build), cpu, cuda, or none. A backend asked for by name
 that cannot be built fails the installation; under auto its reason is kept and the package works without it.
-CXX and CXXFLAGS are honoured. An object is compiled again only where its command or a file that it includes has changed.
+CXX and CXXFLAGS are honoured. An object is compiled again only where its command or a file it includes has changed.
 """
 
 from __future__ import annotations

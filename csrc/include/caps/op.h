@@ -20,6 +20,9 @@ using torch::stable::Tensor;
 // The index of the instruction set in use, in the order of CAPS_FOR_EACH_ISA.
 int current_isa();
 
+// Bytes of its vectors.
+inline int64_t vector_bytes() { return int64_t{16} << current_isa(); }
+
 inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::float32;

@@ -1,0 +1,56 @@
+"""dense_capsules on backend "cpp": csrc/cpu/dense_capsules.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from caps_kernels.backends import Implementation
+
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+def forward(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: int,
+    iterations: int,
+    leaky: bool,
+    routing_grad: str,
+    return_coupling: bool,
+) -> Results:
+    """v [B, J, E], s [R, B, J, E] and coupling [B, I, J], or [B, 0, J] where it is not asked for."""
+    results: Results = torch.ops.caps_kernels_cpp.dense_capsules_fwd(
+        u, weight, bias, positions, iterations, leaky, return_coupling
+    )
+    return results
+
+
+def backward(
+    grad_v: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    positions: int,
+    iterations: int,
+    leaky: bool,
+    routing_grad: str,
+    return_coupling: bool,
+) -> Results:
+    """grad_u [B, I, D], grad_weight [T, J, D, E] and grad_bias [J, E] (empty where there is no bias)."""
+    gradients: Results = torch.ops.caps_kernels_cpp.dense_capsules_bwd(
+        grad_v, u, weight, bias, s, positions, iterations, leaky, routing_grad == "last"
+    )
+    return gradients
+
+
+def regime(u: Tensor, weight: Tensor, bias: Tensor | None, positions: int, *_: object) -> str:
+    """How a call would run: csrc/cpu/dense_capsules.cpp describes both regimes."""
+    if torch.ops.caps_kernels_cpp.dense_capsules_takes_rows(u, weight, positions):
+        return "rows: few samples, û computed once and kept"
+    return "tiles: samples in SIMD lanes, û computed again in every pass"
+
+
+IMPLEMENTATION = Implementation(forward, backward, regime=regime)

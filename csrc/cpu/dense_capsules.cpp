@@ -1,0 +1,479 @@
+// dense_capsules: votes and dynamic routing in one, forward and backward. caps_kernels/ops/dense_capsules has the
+// mathematics. Two regimes:
+//
+// Tiles (caps/dense_tiles.h): samples lie in the SIMD lanes; û and its gradient exist for a few lower capsules and one
+// tile of samples at a time. Forward: the samples of u are packed into tiles; an iteration is a pass over chunks of
+// lower capsules for each tile, whose partial sums are then added in the order of the chunks. Backward: the same passes
+// for t = R … 2, which keep the coefficients c and gb (or not, beyond kCoefficientBudget: then they are computed again),
+// and one last pass that forms gû = Σ_t c^t g^t + gb^t V^{t-1} from them and contracts it at once into grad_u and
+// grad_weight.
+//
+// Rows (caps/dense_rows.h), for few samples: lanes lie along E, and û is computed once and kept, up to kVotesBudget.
+#include <caps/dense.h>
+
+namespace caps {
+
+// Behind each kernel, what its chunks are.
+CAPS_KERNEL(tiles_pack, DenseArgs)  // tiles · chunks
+CAPS_KERNEL(tiles_route, DenseArgs)  // chunks · tiles
+CAPS_KERNEL(tiles_finish_iteration, DenseArgs)  // tiles
+CAPS_KERNEL(tiles_coupling, DenseArgs)  // tiles
+CAPS_KERNEL(tiles_start_backward, DenseArgs)  // tiles
+CAPS_KERNEL(tiles_route_backward, DenseArgs)  // chunks · tiles
+CAPS_KERNEL(tiles_finish_backward, DenseArgs)  // tiles
+CAPS_KERNEL(tiles_gradients, DenseArgs)  // tasks of types and parts
+CAPS_KERNEL(tiles_weight_parts, DenseArgs)  // types
+CAPS_KERNEL(tiles_bias_gradient, DenseArgs)  // 1
+CAPS_KERNEL(rows_pack, DenseArgs)  // samples
+CAPS_KERNEL(rows_predict, DenseArgs)  // chunks
+CAPS_KERNEL(rows_route, DenseArgs)  // chunks · samples
+CAPS_KERNEL(rows_finish_iteration, DenseArgs)  // samples
+CAPS_KERNEL(rows_coupling, DenseArgs)  // samples
+CAPS_KERNEL(rows_start_backward, DenseArgs)  // samples
+CAPS_KERNEL(rows_route_backward, DenseArgs)  // chunks · samples
+CAPS_KERNEL(rows_finish_backward, DenseArgs)  // samples
+CAPS_KERNEL(rows_gradients, DenseArgs)  // chunks
+CAPS_KERNEL(rows_bias_gradient, DenseArgs)  // 1
+
+}  // namespace caps
+
+#ifdef CAPS_ISA
+
+#include <caps/dense_rows.h>
+#include <caps/dense_tiles.h>
+
+namespace caps::CAPS_ISA {
+
+void tiles_pack(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t tile = task / args.chunks, i = task % args.chunks * args.chunk;
+      pack(args.dtype, args.u, tile, i, min_of(args.chunk, l.I - i), l.u(tile) + i * l.D * kLanes<T>);
+    }
+  });
+}
+
+void tiles_route(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    const int64_t memory_size = kShared * (l.tile_size + l.row);
+    for_chunks(l, memory_size, begin, end,
+               [&](const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, T* sums, T* memory) {
+                 if (args.t == 0) return route_uniformly(l.u(tile), weights, l.z, i0, i1, l.uniform(), sums);
+                 T* c = args.keep ? l.kept(0, tile, i0) : memory + kShared * l.tile_size;
+                 route<false, T>(l.u(tile), weights, l.z, i0, i1, l.V(0, tile), nullptr, sums, memory, args.keep, c, nullptr);
+               });
+  });
+}
+
+void tiles_finish_iteration(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    for (int64_t tile = begin; tile < end; ++tile) finish_iteration(l, tile);
+  });
+}
+
+void tiles_coupling(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (args.iterations == 1) {
+        T* c = l.kept(0, tile, 0);
+        for (int64_t n = 0; n < l.I * l.row; ++n) c[n] = l.uniform();
+      }
+      unpack(args.dtype, args.coupling, tile, 0, l.I, l.kept(0, tile, 0));
+    }
+  });
+}
+
+void tiles_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    for (int64_t tile = begin; tile < end; ++tile) start_backward(l, tile);
+  });
+}
+
+void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    const int64_t memory_size = kShared * (l.tile_size + 2 * l.row);
+    for_chunks(l, memory_size, begin, end,
+               [&](const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, T* sums, T* memory) {
+                 T* c = args.keep ? l.c(args.t, tile, i0) : memory + kShared * l.tile_size;
+                 T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kShared * l.row;
+                 route<true, T>(l.u(tile), weights, l.z, i0, i1, l.V(args.t - 1, tile), l.g(args.t, tile),
+                                args.last_only ? nullptr : sums, memory, args.keep, c, gb);
+               });
+  });
+}
+
+void tiles_finish_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    for (int64_t tile = begin; tile < end; ++tile) finish_backward(l, tile);
+  });
+}
+
+void tiles_gradients(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    Gradients<T> gradients(l);
+    for (int64_t task = begin; task < end; ++task) gradients.run(task);
+  });
+}
+
+void tiles_weight_parts(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    const int64_t size = l.J * l.D * l.E;
+    for (int64_t type = begin; type < end; ++type) {
+      T* sums = static_cast<T*>(args.weight_parts) + type * args.parts * size;
+      for (int64_t part = 1; part < args.parts; ++part) {
+        for (int64_t n = 0; n < size; ++n) sums[n] += sums[part * size + n];
+      }
+      Gradients<T>::write_weight(l, type, sums);
+    }
+  });
+}
+
+void tiles_bias_gradient(const DenseArgs& args, int64_t, int64_t) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    for (int64_t n = 0; n < l.J * l.E; ++n) {
+      Vec<T> sum{};
+      for (int64_t t = args.last_only ? args.iterations - 1 : 0; t < args.iterations; ++t) {
+        for (int64_t tile = 0; tile < args.tiles; ++tile) sum += load<Vec<T>>(l.g(t, tile) + n * kLanes<T>);
+      }
+      dispatch_floating(args.dtype, [&]<typename scalar_t>() {
+        if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
+          store_one(static_cast<scalar_t*>(args.grad_bias.data) + n, T(reduce_add(sum)));
+        }
+      });
+    }
+  });
+}
+
+// Runs body(rows, weights, memory) with `memory_size(rows)` numbers of scratch.
+template <typename S, typename F>
+static CAPS_INLINE void with_rows(const DenseArgs& args, const S& memory_size, const F& body) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Rows<T> l(args);
+    Weights<T> weights(args.dtype, args.weight, args.positions);
+    const int64_t size = (memory_size(l) + 15) / 16 * 16;
+    T* memory = static_cast<T*>(scratch(Scratch::chunk, (size + weights.copy_size(args.chunk)) * int64_t(sizeof(T))));
+    weights.use_memory(memory + size);
+    body(l, weights, memory);
+  });
+}
+
+static constexpr auto no_memory = [](const auto&) { return int64_t{0}; };
+
+void rows_pack(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_rows(args, no_memory, [&]<typename T>(const Rows<T>& l, const auto&, T*) {
+    dispatch_floating(args.dtype, [&]<typename scalar_t>() {
+      if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
+        const auto* u = static_cast<const scalar_t*>(args.u.data);
+        for (int64_t n = begin * l.I; n < end * l.I; ++n) {
+          widen_row(u + n / l.I * args.u.stride[0] + n % l.I * args.u.stride[1], args.u.stride[2], l.D, l.u(0, n));
+        }
+      }
+    });
+  });
+}
+
+void rows_predict(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_rows(args, no_memory, [&](const auto& l, auto& weights, auto*) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) predict_chunk(l, weights, chunk, args.v.data != nullptr);
+  });
+}
+
+void rows_route(const DenseArgs& args, int64_t begin, int64_t end) {
+  const auto memory_size = [&](const auto& l) { return (args.chunk / l.lanes + 1) * l.row; };
+  with_rows(args, memory_size, [&](const auto& l, auto&, auto* memory) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / l.B, b = task % l.B, i = chunk * args.chunk;
+      auto* sums = l.partial(chunk, b);
+      for (int64_t n = 0; n < l.size; ++n) sums[n] = 0;
+      auto* c = args.keep ? l.kept(0, b, i) : memory;
+      route_rows<false>(l.votes(b, i), min_of(args.chunk, l.I - i), l.z, l.V(0, b), memory, sums, c, memory);
+    }
+  });
+}
+
+void rows_finish_iteration(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_rows(args, no_memory, [&](const auto& l, auto&, auto*) {
+    for (int64_t b = begin; b < end; ++b) finish_iteration(l, b);
+  });
+}
+
+void rows_coupling(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_rows(args, no_memory, [&]<typename T>(const Rows<T>& l, auto&, T*) {
+    dispatch_floating(args.dtype, [&]<typename scalar_t>() {
+      if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
+        auto* out = static_cast<scalar_t*>(args.coupling.data) + begin * l.I * l.J;
+        for (int64_t b = begin; b < end; ++b) {
+          for (int64_t i = 0; i < l.I; ++i) {
+            for (int64_t j = 0; j < l.J; ++j) {
+              store_one(out++, args.iterations == 1 ? l.uniform() : l.kept(0, b, i)[j * l.lanes + i % l.lanes]);
+            }
+          }
+        }
+      }
+    });
+  });
+}
+
+void rows_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_rows(args, no_memory, [&](const auto& l, auto&, auto*) {
+    for (int64_t b = begin; b < end; ++b) start_backward(l, b);
+  });
+}
+
+void rows_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_rows(args, no_memory, [&]<typename T>(const Rows<T>& l, auto&, T*) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / l.B, b = task % l.B, i = chunk * args.chunk, t = args.t;
+      T* sums = args.last_only ? nullptr : l.partial(chunk, b);
+      for (int64_t n = 0; sums && n < l.size; ++n) sums[n] = 0;
+      route_rows<true>(l.votes(b, i), min_of(args.chunk, l.I - i), l.z, l.V(t - 1, b), l.g(t, b), sums,
+                       l.kept(2 * (t - 1), b, i), l.kept(2 * (t - 1) + 1, b, i));
+    }
+  });
+}
+
+void rows_finish_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_rows(args, no_memory, [&](const auto& l, auto&, auto*) {
+    for (int64_t b = begin; b < end; ++b) finish_backward(l, b);
+  });
+}
+
+void rows_gradients(const DenseArgs& args, int64_t begin, int64_t end) {
+  const auto matrices = [](const auto& l) { return (l.J * l.D * l.E + 15) / 16 * 16; };
+  const auto memory_size = [&](const auto& l) { return matrices(l) + l.B * l.D * l.lanes + 4 * l.width; };
+  with_rows(args, memory_size, [&](const auto& l, auto& weights, auto* memory) {
+    auto* grad_u = memory + matrices(l);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      chunk_gradients(l, weights, chunk, memory, grad_u, grad_u + l.B * l.D * l.lanes);
+    }
+  });
+}
+
+void rows_bias_gradient(const DenseArgs& args, int64_t, int64_t) {
+  with_rows(args, no_memory, [&]<typename T>(const Rows<T>& l, auto&, T*) {
+    dispatch_floating(args.dtype, [&]<typename scalar_t>() {
+      if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
+        for (int64_t n = 0; n < l.J * l.E; ++n) {
+          T sum = 0;
+          for (int64_t t = args.last_only ? args.iterations - 1 : 0; t < args.iterations; ++t) {
+            for (int64_t b = 0; b < l.B; ++b) sum += l.g(t, b)[n / l.E * l.width + n % l.E];
+          }
+          store_one(static_cast<scalar_t*>(args.grad_bias.data) + n, sum);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace caps::CAPS_ISA
+
+#else
+
+#include <caps/op.h>
+
+namespace caps {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How the sizes of a call and the width of the vectors cut the work; never the number of threads.
+struct Plan {
+  int64_t B, I, J, D, E, item, lanes, tile;  // item: bytes of a number; tile: bytes of a tile
+  bool rows;
+};
+
+// Few samples would leave most lanes of a tile empty, as a small E does those of a row. Shared matrices gain from tiles even so: they stay in cache.
+bool takes_rows(int64_t B, int64_t I, int64_t J, int64_t E, int64_t positions, int64_t item) {
+  const int64_t lanes = vector_bytes() / item, width = ceil_div(E, lanes) * lanes;
+  return positions == 1 && 2 * B * width <= lanes * E && B * I * J * width * item <= kVotesBudget;
+}
+
+Plan plan(DenseArgs& a) {
+  Plan p{a.u.size[0], a.u.size[1], a.weight.size[1], a.u.size[2], a.weight.size[3], a.dtype == DType::float64 ? 8 : 4, 0, 0, false};
+  p.lanes = vector_bytes() / p.item;
+  p.rows = takes_rows(p.B, p.I, p.J, p.E, a.positions, p.item);
+  p.tile = p.J * p.item * (p.rows ? ceil_div(p.E, p.lanes) * p.lanes : p.E * p.lanes);
+  a.tiles = p.rows ? p.B : ceil_div(p.B, p.lanes);
+  // At least 32 tasks; the matrices of a chunk in half of a level 2 cache; at most 16 MiB of partial sums. Chunks of
+  // rows are whole vectors of lower capsules, those of tiles whole groups of 4.
+  const int64_t unit = p.rows ? p.lanes : 4;
+  const int64_t enough = std::max(ceil_div(32, a.tiles), ceil_div(p.I * p.J * p.D * p.E * p.item, 512 << 10));
+  const int64_t most = std::max<int64_t>(1, (16 << 20) / (p.tile * a.tiles));
+  a.chunk = ceil_div(ceil_div(p.I, std::min({enough, most, ceil_div(p.I, unit)})), unit) * unit;
+  a.chunks = ceil_div(p.I, a.chunk);
+  a.types = p.I / a.positions;
+  a.parts = a.positions == 1 ? 1 : std::clamp<int64_t>(32 / a.types, 1, ceil_div(a.positions, 4));
+  a.part = ceil_div(ceil_div(a.positions, a.parts), 4) * 4;
+  a.parts = ceil_div(a.positions, a.part);
+  return p;
+}
+
+// Bytes of coefficients for one iteration: c or gb of every lower capsule and parent.
+int64_t coefficient_bytes(const DenseArgs& a, const Plan& p) {
+  return p.rows ? p.B * ceil_div(p.I, p.lanes) * p.lanes * p.J * p.item : a.tiles * p.lanes * p.I * p.J * p.item;
+}
+
+int64_t packed_bytes(const DenseArgs& a, const Plan& p) {
+  return (p.rows ? p.B : a.tiles * p.lanes) * p.I * p.D * p.item;
+}
+
+// Hands out parts of one piece of scratch: first asked for with no memory, to learn the size.
+struct Shelf {
+  char* memory = nullptr;
+  int64_t used = 0;
+  void* take(int64_t bytes) {
+    void* at = memory ? memory + used : nullptr;
+    used += ceil_div(bytes, 64) * 64;
+    return at;
+  }
+};
+
+template <typename F>
+void with_scratch(const F& place) {
+  Shelf shelf;
+  place(shelf);
+  shelf = {static_cast<char*>(scratch(Scratch::call, shelf.used + 64)), 0};
+  place(shelf);
+}
+
+DenseArgs common_args(const Tensor& u, const Tensor& weight, const std::optional<Tensor>& bias, int64_t positions,
+                      int64_t iterations, bool leaky, bool last_only) {
+  DenseArgs a{};
+  a.dtype = dtype_of(u);
+  a.u = view_of<3>(u);
+  a.weight = view_of<4>(weight);
+  if (bias) a.bias = view_of<2>(*bias);
+  a.positions = positions;
+  a.iterations = iterations;
+  a.leaky = leaky;
+  a.last_only = last_only;
+  return a;
+}
+
+// Whether a call runs in the regime of rows, for whoever asks.
+bool dense_capsules_takes_rows(Tensor u, Tensor weight, int64_t positions) {
+  const int64_t item = dtype_of(u) == DType::float64 ? 8 : 4;
+  return takes_rows(u.size(0), u.size(1), weight.size(1), weight.size(3), positions, item);
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor>;
+
+Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, int64_t positions, int64_t iterations,
+                           bool leaky, bool return_coupling) {
+  const int64_t B = u.size(0), I = u.size(1), J = weight.size(1), D = u.size(2), E = weight.size(3);
+  Tensor v = empty(u, {B, J, E}), s = empty(u, {iterations, B, J, E}, accumulation_type(u));
+  Tensor coupling = empty(u, {B, return_coupling ? I : 0, J});
+  if (B == 0) return {v, s, coupling};
+  DenseArgs a = common_args(u, weight, bias, positions, iterations, leaky, false);
+  a.v = view_of<3>(v);
+  a.s = view_of<4>(s);
+  if (return_coupling) a.coupling = view_of<3>(coupling);
+  const Plan p = plan(a);
+  const int64_t all = a.tiles * p.tile;
+  with_scratch([&](Shelf& shelf) {
+    a.u_tiles = shelf.take(packed_bytes(a, p));
+    a.votes = p.rows ? shelf.take(I * all) : nullptr;
+    a.partial = shelf.take(a.chunks * all);
+    a.total = shelf.take(all);
+    a.s_tiles = shelf.take(all);
+    a.V = shelf.take(all);
+    a.coefficients = return_coupling ? shelf.take(coefficient_bytes(a, p)) : nullptr;
+  });
+  // Nanoseconds of a chunk, from the multiplications of one lane or row.
+  const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = a.chunk * J * E / p.lanes;
+  launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
+  for (a.t = 0; a.t < iterations; ++a.t) {
+    a.keep = return_coupling && a.t == iterations - 1;
+    if (p.rows && a.t == 0) launch(rows_predict, a, a.chunks, predict * B);
+    else launch(p.rows ? rows_route : tiles_route, a, a.chunks * a.tiles, p.rows ? route : predict + a.chunk * J * E);
+    launch(p.rows ? rows_finish_iteration : tiles_finish_iteration, a, a.tiles, J * E * (a.chunks + 16));
+  }
+  if (return_coupling) launch(p.rows ? rows_coupling : tiles_coupling, a, a.tiles, I * J * 8);
+  return {v, s, coupling};
+}
+
+using Backward = std::tuple<Tensor, Tensor, Tensor>;
+
+Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optional<Tensor> bias, Tensor s,
+                            int64_t positions, int64_t iterations, bool leaky, bool last_only) {
+  const int64_t B = u.size(0), I = u.size(1), J = weight.size(1), D = u.size(2), E = weight.size(3);
+  Tensor grad_u = empty(u, {B, I, D}), grad_weight = empty(u, {weight.size(0), J, D, E});
+  Tensor grad_bias = bias ? empty(u, {J, E}) : empty(u, {0});
+  if (B == 0) {
+    torch::stable::zero_(grad_weight);
+    torch::stable::zero_(grad_bias);
+    return {grad_u, grad_weight, grad_bias};
+  }
+  DenseArgs a = common_args(u, weight, bias, positions, iterations, leaky, last_only);
+  a.grad_v = view_of<3>(grad_v);
+  a.s = view_of<4>(s);
+  a.grad_u = view_of<3>(grad_u);
+  a.grad_weight = view_of<4>(grad_weight);
+  if (bias) a.grad_bias = view_of<2>(grad_bias);
+  const Plan p = plan(a);
+  const int64_t all = a.tiles * p.tile, coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);
+  a.keep = p.rows || coefficients <= kCoefficientBudget;
+  with_scratch([&](Shelf& shelf) {
+    a.u_tiles = shelf.take(packed_bytes(a, p));
+    a.votes = p.rows ? shelf.take(I * all) : nullptr;
+    a.partial = shelf.take(a.chunks * all);
+    a.total = shelf.take(all);
+    a.s_tiles = shelf.take(iterations * all);
+    a.V = shelf.take(iterations * all);
+    a.g = shelf.take(iterations * all);
+    a.coefficients = a.keep ? shelf.take(coefficients) : nullptr;
+    a.weight_parts = a.parts > 1 ? shelf.take(a.types * a.parts * J * D * E * p.item) : nullptr;
+  });
+  const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = a.chunk * J * E / p.lanes;
+  launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
+  launch(p.rows ? rows_start_backward : tiles_start_backward, a, a.tiles, J * E * 16 * iterations);
+  if (p.rows) launch(rows_predict, a, a.chunks, predict * B);
+  for (a.t = iterations - 1; a.t >= 1; --a.t) {
+    // Couplings that are constants have no gradient: only those of the last iteration are needed, if they are kept.
+    if (last_only && (!a.keep || a.t < iterations - 1)) break;
+    launch(p.rows ? rows_route_backward : tiles_route_backward, a, a.chunks * a.tiles, p.rows ? 2 * route : predict + a.chunk * J * E);
+    if (!last_only) launch(p.rows ? rows_finish_backward : tiles_finish_backward, a, a.tiles, J * E * (a.chunks + 16));
+  }
+  if (p.rows) {
+    launch(rows_gradients, a, a.chunks, 3 * predict * B);
+  } else {
+    const int64_t tasks = positions == 1 ? ceil_div(a.types, 4) : a.types * a.parts;
+    const int64_t capsules = positions == 1 ? 4 : a.part;
+    launch(tiles_gradients, a, tasks, capsules * a.tiles * J * E * (2 * D + 5) / 4);
+    if (a.weight_parts) launch(tiles_weight_parts, a, a.types, a.parts * J * D * E / 8);
+  }
+  if (bias) launch(p.rows ? rows_bias_gradient : tiles_bias_gradient, a, 1, 1);
+  return {grad_u, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(caps_kernels_cpp, m) {
+  m.def(
+      "dense_capsules_fwd(Tensor u, Tensor weight, Tensor? bias, int positions, int iterations, bool leaky, "
+      "bool return_coupling) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, Tensor? bias, Tensor s, int positions, "
+      "int iterations, bool leaky, bool last_only) -> (Tensor, Tensor, Tensor)");
+  m.def("dense_capsules_takes_rows(Tensor u, Tensor weight, int positions) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(caps_kernels_cpp, CPU, m) {
+  m.impl("dense_capsules_takes_rows", TORCH_BOX(&dense_capsules_takes_rows));
+  m.impl("dense_capsules_fwd", TORCH_BOX(&dense_capsules_fwd));
+  m.impl("dense_capsules_bwd", TORCH_BOX(&dense_capsules_bwd));
+}
+
+}  // namespace caps
+
+#endif

@@ -1,0 +1,35 @@
+// What the host and the kernels of dense_capsules pass between them.
+#pragma once
+
+#include <caps/kernel.h>
+
+namespace caps {
+
+constexpr int64_t kCoefficientBudget = int64_t{64} << 20;  // bytes of coefficients kept between passes over tiles
+constexpr int64_t kVotesBudget = int64_t{32} << 20;        // bytes of û kept in the regime of rows
+constexpr int64_t kGroup = 8;                              // tiles whose gû stay in cache together
+
+struct DenseArgs {
+  DType dtype;  // of all tensors but s
+  View<3> u, v, coupling, grad_v, grad_u;
+  View<4> weight, s, grad_weight;
+  View<2> bias, grad_bias;  // data is null where there is none, as for coupling
+  int64_t positions, iterations;
+  bool leaky, last_only;  // last_only: routing_grad="last"
+
+  int64_t tiles;                 // of samples; in the regime of rows each sample is one
+  int64_t chunk, chunks;         // lower capsules are cut into `chunks` of `chunk`
+  int64_t types, parts, part;    // last pass over tiles: tasks of 4 types, or of `part` positions of one type
+  int64_t t;                     // the iteration, from 0
+  bool keep;                     // coefficients (backward), couplings (forward, last iteration)
+  // Scratch, numbers of the accumulation type. A tile is [J·E][lanes], or [J][E rounded up] in the regime of rows.
+  void* u_tiles;                 // [tiles][I·D]
+  void* votes;                   // rows only: [B][I] tiles
+  void* partial;                 // [chunks][tiles] tiles
+  void* total;                   // [tiles] tiles: forward v; backward Σ gV
+  void *s_tiles, *V, *g;         // [R][tiles] tiles; forward uses one of s_tiles and V
+  void* coefficients;            // backward [R - 1][c, gb][tiles][I·J], forward [tiles][I·J]
+  void* weight_parts;            // [types][parts][J·D·E], null where parts is 1
+};
+
+}  // namespace caps

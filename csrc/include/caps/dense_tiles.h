@@ -1,0 +1,274 @@
+// dense_capsules over tiles of samples: what its kernels do with one tile, or one group of lower capsules.
+// Only for code compiled with CAPS_ISA.
+#pragma once
+
+#include <caps/dense.h>
+#include <caps/tile_routing.h>
+
+namespace caps::CAPS_ISA {
+namespace {
+
+// The sizes and the scratch of a call, for numbers of type T.
+template <typename T>
+struct Layout {
+  static constexpr int lanes = kLanes<T>;
+  const DenseArgs& a;
+  Sizes z;
+  int64_t I, J, D, E, row, tile_size, all;  // row: J·lanes; tile_size: J·E·lanes; all: of all tiles
+
+  explicit Layout(const DenseArgs& args)
+      : a(args),
+        z{args.u.size[1], args.weight.size[1], args.u.size[2], args.weight.size[3], args.leaky},
+        I(z.in_capsules), J(z.out_capsules), D(z.in_dim), E(z.out_dim), row(J * lanes), tile_size(row * E),
+        all(args.tiles * tile_size) {}
+
+  T* u(int64_t tile) const { return static_cast<T*>(a.u_tiles) + tile * I * D * lanes; }
+  T* partial(int64_t chunk, int64_t tile) const {
+    return static_cast<T*>(a.partial) + chunk * all + tile * tile_size;
+  }
+  T* total(int64_t tile) const { return static_cast<T*>(a.total) + tile * tile_size; }
+  T* s(int64_t t, int64_t tile) const { return static_cast<T*>(a.s_tiles) + t * all + tile * tile_size; }
+  T* V(int64_t t, int64_t tile) const { return static_cast<T*>(a.V) + t * all + tile * tile_size; }
+  T* g(int64_t t, int64_t tile) const { return static_cast<T*>(a.g) + t * all + tile * tile_size; }
+  T* kept(int64_t index, int64_t tile, int64_t i) const {
+    return static_cast<T*>(a.coefficients) + ((index * a.tiles + tile) * I + i) * row;
+  }
+  T* c(int64_t t, int64_t tile, int64_t i) const { return kept(2 * (t - 1), tile, i); }
+  T* gb(int64_t t, int64_t tile, int64_t i) const { return kept(2 * (t - 1) + 1, tile, i); }
+  T uniform() const { return T(1) / T(J + (z.leaky ? 1 : 0)); }
+  View<3> s_view(int64_t t) const {
+    const View<4>& s = a.s;
+    char* data = static_cast<char*>(s.data) + t * s.stride[0] * int64_t(sizeof(T));
+    return {data, {s.size[1], s.size[2], s.size[3]}, {s.stride[1], s.stride[2], s.stride[3]}};
+  }
+  static constexpr DType sums_dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
+};
+
+// Runs body(weights, i0, i1, tile, sums, memory) for tasks begin … end - 1, each a chunk of lower capsules of a tile.
+// Tiles of a chunk follow each other, so that its matrices stay in cache. sums: the task's partial sums, zeroed.
+template <typename T, typename F>
+CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t begin, int64_t end, const F& body) {
+  const DenseArgs& a = l.a;
+  Weights<T> weights(a.dtype, a.weight, a.positions);
+  memory_size = (memory_size + 15) / 16 * 16;
+  T* memory = static_cast<T*>(
+      scratch(Scratch::chunk, (memory_size + weights.copy_size(a.chunk)) * int64_t(sizeof(T))));
+  weights.use_memory(memory + memory_size);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t chunk = task / a.tiles, tile = task % a.tiles;
+    const int64_t i0 = chunk * a.chunk, i1 = min_of(i0 + a.chunk, l.I);
+    weights.prepare(i0, i1);
+    T* sums = l.partial(chunk, tile);
+    for (int64_t n = 0; n < l.tile_size; ++n) sums[n] = 0;
+    body(weights, i0, i1, tile, sums, memory);
+  }
+}
+
+// One number of the partial sums of a tile, added in the order of the chunks.
+template <typename T>
+CAPS_INLINE Vec<T> sum_of_chunks(const Layout<T>& l, int64_t tile, int64_t n) {
+  auto sum = load<Vec<T>>(l.partial(0, tile) + n);
+  for (int64_t chunk = 1; chunk < l.a.chunks; ++chunk) sum += load<Vec<T>>(l.partial(chunk, tile) + n);
+  return sum;
+}
+
+template <typename T>
+void finish_iteration(const Layout<T>& l, int64_t tile) {
+  constexpr int lanes = kLanes<T>;
+  const DenseArgs& a = l.a;
+  T *s = l.s(0, tile), *v = l.total(tile), *V = l.V(0, tile);
+  for (int64_t n = 0; n < l.tile_size; n += lanes) store(s + n, sum_of_chunks(l, tile, n));
+  if (a.bias.data) {
+    dispatch_floating(a.dtype, [&]<typename scalar_t>() {
+      if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
+        for (int64_t n = 0; n < l.J * l.E; ++n) {
+          const auto* bias = static_cast<const scalar_t*>(a.bias.data) + n / l.E * a.bias.stride[0] + n % l.E * a.bias.stride[1];
+          store(s + n * lanes, load<Vec<T>>(s + n * lanes) + load_one(bias));
+        }
+      }
+    });
+  }
+  for (int64_t j = 0; j < l.J; ++j) squash_lanes(s + j * l.E * lanes, l.E, v + j * l.E * lanes);
+  for (int64_t n = 0; n < l.tile_size; n += lanes) {
+    store(V + n, a.t == 0 ? load<Vec<T>>(v + n) : load<Vec<T>>(V + n) + load<Vec<T>>(v + n));
+  }
+  unpack(Layout<T>::sums_dtype, l.s_view(a.t), tile, 0, l.J, s);
+  if (a.t == a.iterations - 1) unpack(a.dtype, a.v, tile, 0, l.J, v);
+}
+
+template <typename T>
+void start_backward(const Layout<T>& l, int64_t tile) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t R = l.a.iterations;
+  for (int64_t t = 0; t < R; ++t) {
+    pack(Layout<T>::sums_dtype, l.s_view(t), tile, 0, l.J, l.s(t, tile));
+    for (int64_t n = 0; n < l.tile_size; n += l.E * lanes) squash_lanes(l.s(t, tile) + n, l.E, l.V(t, tile) + n);
+    for (int64_t n = 0; t > 0 && n < l.tile_size; n += lanes) {
+      store(l.V(t, tile) + n, load<Vec<T>>(l.V(t, tile) + n) + load<Vec<T>>(l.V(t - 1, tile) + n));
+    }
+  }
+  T* grad_v = l.partial(0, tile);
+  pack(l.a.dtype, l.a.grad_v, tile, 0, l.J, grad_v);
+  for (int64_t n = 0; n < l.tile_size; n += l.E * lanes) {
+    squash_lanes_backward(grad_v + n, l.s(R - 1, tile) + n, l.E, l.g(R - 1, tile) + n);
+  }
+}
+
+// From the partial sums of gV^{t-1}: Σ gV so far, and g^{t-1}.
+template <typename T>
+void finish_backward(const Layout<T>& l, int64_t tile) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t t = l.a.t;
+  T* total = l.total(tile);
+  for (int64_t n = 0; n < l.tile_size; n += lanes) {
+    const Vec<T> sum = sum_of_chunks(l, tile, n);
+    store(total + n, t == l.a.iterations - 1 ? sum : load<Vec<T>>(total + n) + sum);
+  }
+  for (int64_t n = 0; n < l.tile_size; n += l.E * lanes) {
+    squash_lanes_backward(total + n, l.s(t - 1, tile) + n, l.E, l.g(t - 1, tile) + n);
+  }
+}
+
+// The last pass over a few lower capsules.
+template <typename T>
+class Gradients {
+  static constexpr int lanes = kLanes<T>;
+  using V = Vec<T>;
+
+ public:
+  explicit Gradients(const Layout<T>& layout)
+      : l_(layout), a_(layout.a), weights_(a_.dtype, a_.weight, a_.positions), group_(min_of(a_.tiles, kGroup)),
+        first_(a_.last_only ? a_.iterations - 1 : 0), matrices_(l_.J * l_.D * l_.E) {
+    const int64_t own = a_.keep ? 0 : kShared * (l_.tile_size + 2 * (a_.iterations - 1) * group_ * l_.row);
+    const int64_t sizes[] = {kShared * group_ * l_.D * lanes, group_ * l_.E * lanes, own,
+                             (kShared * matrices_ + 15) / 16 * 16, weights_.copy_size(kShared)};
+    int64_t size = 0;
+    for (int64_t n : sizes) size += n;
+    T* memory = static_cast<T*>(scratch(Scratch::chunk, size * int64_t(sizeof(T))));
+    grad_u_ = memory;
+    grad_votes_ = grad_u_ + sizes[0];
+    own_ = grad_votes_ + sizes[1];
+    grad_weight_ = own_ + sizes[2];
+    weights_.use_memory(grad_weight_ + sizes[3]);
+  }
+
+  // Task n: kShared types of one position each, or `part` positions of one type.
+  void run(int64_t task) {
+    const int64_t P = a_.positions, part = task % a_.parts;
+    const int64_t t0 = P == 1 ? task * kShared : task / a_.parts;
+    const int64_t types = P == 1 ? min_of(a_.types - t0, kShared) : 1;
+    const int64_t i0 = t0 * P + part * a_.part, i1 = P == 1 ? i0 + types : t0 * P + min_of((part + 1) * a_.part, P);
+    T* sums = a_.weight_parts ? static_cast<T*>(a_.weight_parts) + task * matrices_ : grad_weight_;
+    for (int64_t n = 0; n < types * matrices_; ++n) sums[n] = 0;
+    for (int64_t i = i0; i < i1; i += kShared) {
+      const int64_t count = min_of(i1 - i, kShared);
+      weights_.prepare(i, i + count);
+      for (int64_t tile = 0; tile < a_.tiles; tile += group_) capsules(i, count, tile, min_of(a_.tiles - tile, group_), sums);
+    }
+    if (!a_.weight_parts) {
+      for (int64_t t = 0; t < types; ++t) write_weight(l_, t0 + t, grad_weight_ + t * matrices_);
+    }
+  }
+
+  static void write_weight(const Layout<T>& l, int64_t type, const T* sums) {
+    const int64_t size = l.J * l.D * l.E;
+    dispatch_floating(l.a.dtype, [&]<typename scalar_t>() {
+      if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
+        auto* out = static_cast<scalar_t*>(l.a.grad_weight.data) + type * size;
+        for (int64_t n = 0; n < size; n += lanes) {
+          const int64_t some = min_of(size - n, lanes);
+          store_some(out + n, load_some<V>(sums + n, some), some);
+        }
+      }
+    });
+  }
+
+ private:
+  void capsules(int64_t i, int64_t count, int64_t tile0, int64_t tiles, T* sums) {
+    for (int64_t n = 0; n < count * group_ * l_.D * lanes; ++n) grad_u_[n] = 0;
+    if (!a_.keep) compute_coefficients(i, count, tile0, tiles);
+    const int64_t step = l_.E * lanes, matrix = l_.D * l_.E;
+    for (int64_t j = 0; j < l_.J; ++j) {
+      for (int64_t k = 0; k < count; ++k) {
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          T* grad_votes = grad_votes_ + tile * step;
+          votes_gradient(i, k, j, tile0, tile, grad_votes);
+          add_input_gradient(grad_votes, weights_(i + k) + j * matrix, l_.D, l_.E,
+                             grad_u_ + (k * group_ + tile) * l_.D * lanes);
+        }
+        T* out = sums + (a_.positions == 1 ? k * matrices_ : 0) + j * matrix;
+        add_weight_gradient(l_.u(tile0) + (i + k) * l_.D * lanes, l_.I * l_.D * lanes, grad_votes_, step, tiles, l_.D,
+                            l_.E, out);
+      }
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        unpack(a_.dtype, a_.grad_u, tile0 + tile, i + k, 1, grad_u_ + (k * group_ + tile) * l_.D * lanes);
+      }
+    }
+  }
+
+  // Room for c (which = 0) and gb (1) of iteration t where they were not kept.
+  T* own(int64_t t, int64_t which, int64_t tile) const {
+    return own_ + kShared * l_.tile_size + ((2 * (t - 1) + which) * group_ + tile) * kShared * l_.row;
+  }
+  void compute_coefficients(int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
+    for (int64_t t = first_ > 0 ? first_ : 1; t < a_.iterations; ++t) {
+      for (int64_t n = 0; n < tiles; ++n) {
+        route<true, T>(l_.u(tile0 + n), weights_, l_.z, i, i + count, l_.V(t - 1, tile0 + n), l_.g(t, tile0 + n),
+                       nullptr, own_, true, own(t, 0, n), own(t, 1, n));
+      }
+    }
+  }
+
+  // gû [E] of lower capsule i + k and parent j, over iterations first_ … R - 1. The usual numbers of iterations keep
+  // their coefficients in registers.
+  void votes_gradient(int64_t i, int64_t k, int64_t j, int64_t tile0, int64_t n, T* out) const {
+    const int64_t routed = a_.iterations - (first_ > 0 ? first_ : 1);
+    if (first_ == 0 && routed == 2) return some_iterations<2, true, true>(1, i, k, j, tile0, n, out);
+    if (first_ == 0 && routed == 1) return some_iterations<1, true, true>(1, i, k, j, tile0, n, out);
+    if (first_ == 0) some_iterations<0, true, true>(1, i, k, j, tile0, n, out);
+    for (int64_t t = first_ > 0 ? first_ : 1; t < a_.iterations; ++t) {
+      if (a_.last_only) some_iterations<1, true, false>(t, i, k, j, tile0, n, out);
+      else some_iterations<1, false, true>(t, i, k, j, tile0, n, out);
+    }
+  }
+
+  // Iterations t … t + count - 1. begin: also set `out`, with iteration 0 unless couplings are constants (not full).
+  template <int count, bool begin, bool full>
+  CAPS_INLINE void some_iterations(int64_t t, int64_t i, int64_t k, int64_t j, int64_t tile0, int64_t n, T* out) const {
+    const int64_t at = j * l_.E * lanes, tile = tile0 + n;
+    V c[count + 1], gb[count + 1];
+    const T *g[count + 1], *Vt[count + 1];
+    for (int m = 0; m < count; ++m) {
+      const T* c_row = (a_.keep ? l_.c(t + m, tile, i + k) : own(t + m, 0, n) + k * l_.row) + j * lanes;
+      const T* gb_row = (a_.keep ? l_.gb(t + m, tile, i + k) : own(t + m, 1, n) + k * l_.row) + j * lanes;
+      c[m] = load<V>(c_row);
+      gb[m] = load<V>(gb_row);
+      // Those of the next group of capsules: too many streams for the processor to see them coming.
+      __builtin_prefetch(c_row + kShared * l_.row);
+      __builtin_prefetch(gb_row + kShared * l_.row);
+      g[m] = l_.g(t + m, tile) + at;
+      Vt[m] = l_.V(t + m - 1, tile) + at;
+    }
+    const T *g0 = l_.g(0, tile) + at, c0 = l_.uniform();
+    for (int64_t e = 0; e < l_.E * lanes; e += lanes) {
+      V sum = begin ? (full ? c0 * load<V>(g0 + e) : V{}) : load<V>(out + e);
+#pragma GCC unroll 4
+      for (int m = 0; m < count; ++m) {
+        sum += c[m] * load<V>(g[m] + e);
+        if constexpr (full) sum += gb[m] * load<V>(Vt[m] + e);
+      }
+      store(out + e, sum);
+    }
+  }
+
+  const Layout<T>& l_;
+  const DenseArgs& a_;
+  Weights<T> weights_;
+  int64_t group_, first_, matrices_;
+  T *grad_u_, *grad_votes_, *own_, *grad_weight_;
+};
+
+}  // namespace
+}  // namespace caps::CAPS_ISA

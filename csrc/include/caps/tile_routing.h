@@ -1,0 +1,206 @@
+// Passes over the lower capsules of one tile. û is computed in registers and never leaves the innermost cache.
+// Only for code compiled with CAPS_ISA.
+#pragma once
+
+#include <caps/softmax.h>
+#include <caps/tile.h>
+
+namespace caps::CAPS_ISA {
+
+struct Sizes {
+  int64_t in_capsules, out_capsules, in_dim, out_dim;
+  bool leaky;
+};
+
+constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // votes of a parent held in registers at once
+constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
+
+template <int n>
+struct Block {
+  static constexpr int size = n;
+};
+
+// Calls f(Block<n>(), offset) with blocks of n = most, then of smaller powers of two, until `size` is covered.
+template <int most, typename F>
+CAPS_INLINE void for_blocks(int64_t size, const F& f, int64_t at = 0) {
+  for (; at + most <= size; at += most) f(Block<most>(), at);
+  if constexpr (most > 1) {
+    if (at < size) for_blocks<most / 2>(size, f, at);
+  }
+}
+
+// sums[e] = Σ_d u_d W_de for n consecutive e; matrix rows are E numbers long.
+template <int n, typename T>
+CAPS_INLINE void add_votes(const T* u, const T* matrix, int64_t D, int64_t E, Vec<T>* sums) {
+  for (int64_t d = 0; d < D; ++d) {
+    const auto x = load<Vec<T>>(u + d * kLanes<T>);
+#pragma GCC unroll 16
+    for (int e = 0; e < n; ++e) sums[e] += x * matrix[d * E + e];
+  }
+}
+
+// s [J·E] += coupling · Σ_i û_i: the first iteration, in which all couplings are alike.
+template <typename T>
+void route_uniformly(const T* u, const Weights<T>& weights, const Sizes& z, int64_t first, int64_t last, T coupling, T* s) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t j = 0; j < z.out_capsules; ++j) {
+    for_blocks<kVotes>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+      constexpr int n = decltype(block)::size;
+      Vec<T> sums[n] = {};
+      for (int64_t i = first; i < last; ++i) {
+        const T* matrix = weights(i) + j * z.in_dim * z.out_dim + e0;
+        add_votes<n, T>(u + i * z.in_dim * lanes, matrix, z.in_dim, z.out_dim, sums);
+      }
+      T* out = s + (j * z.out_dim + e0) * lanes;
+      for (int e = 0; e < n; ++e) store(out + e * lanes, load<Vec<T>>(out + e * lanes) + coupling * sums[e]);
+    });
+  }
+}
+
+// û_i [J·E] of one lower capsule, its dot products [J] with V and, in backward, with g.
+template <bool backward, typename T>
+CAPS_INLINE void votes_and_dots(const T* u, const T* matrices, const Sizes& z, const T* V, const T* g, T* votes,
+                                T* with_V, T* with_g) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t j = 0; j < z.out_capsules; ++j) {
+    Vec<T> dots[4] = {};
+    for_blocks<kVotes>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+      constexpr int n = decltype(block)::size;
+      Vec<T> sums[n] = {};
+      add_votes<n, T>(u, matrices + j * z.in_dim * z.out_dim + e0, z.in_dim, z.out_dim, sums);
+      const int64_t at = (j * z.out_dim + e0) * lanes;
+#pragma GCC unroll 16
+      for (int e = 0; e < n; ++e) {
+        store(votes + at + e * lanes, sums[e]);
+        dots[e & 1] += sums[e] * load<Vec<T>>(V + at + e * lanes);
+        if constexpr (backward) dots[2 + (e & 1)] += sums[e] * load<Vec<T>>(g + at + e * lanes);
+      }
+    });
+    store(with_V + j * lanes, dots[0] + dots[1]);
+    if constexpr (backward) store(with_g + j * lanes, dots[2] + dots[3]);
+  }
+}
+
+// sums [J·E] += Σ_k factor_k [J] · votes_k [J·E] over n lower capsules.
+template <int n, typename T>
+CAPS_INLINE void add_weighted(const T* votes, const T* factors, const Sizes& z, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t size = z.out_capsules * z.out_dim * lanes;
+  for (int64_t j = 0; j < z.out_capsules; ++j) {
+    Vec<T> factor[n];
+    for (int k = 0; k < n; ++k) factor[k] = load<Vec<T>>(factors + (k * z.out_capsules + j) * lanes);
+    for (int64_t at = j * z.out_dim * lanes; at < (j + 1) * z.out_dim * lanes; at += lanes) {
+      Vec<T> sum = load<Vec<T>>(sums + at);
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k) sum += factor[k] * load<Vec<T>>(votes + k * size + at);
+      store(sums + at, sum);
+    }
+  }
+}
+
+// One iteration over lower capsules first … last - 1:  c_i = softmax(û_i · V), and
+//   forward:  sums += Σ_i c_i û_i                            (s)
+//   backward: gb_i = c_i (gc_i - Σ_j c_i gc_i), gc_i = g · û_i, and sums += Σ_i gb_i û_i   (gV), unless `sums` is null
+// c, gb: [last - first][J], or [kShared][J] that each group of capsules writes over where not `keep`.
+// votes: room for [kShared][J·E].
+template <bool backward, typename T>
+void route(const T* u, const Weights<T>& weights, const Sizes& z, int64_t first, int64_t last, const T* V, const T* g,
+           T* sums, T* votes, bool keep, T* c, T* gb) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t row = z.out_capsules * lanes, size = row * z.out_dim;
+  const auto group = [&](auto block, int64_t i) __attribute__((always_inline)) {
+    constexpr int n = decltype(block)::size;
+    const int64_t at = keep ? (i - first) * row : 0;
+    for (int k = 0; k < n; ++k) {
+      T *ck = c + at + k * row, *gk = backward ? gb + at + k * row : nullptr;
+      votes_and_dots<backward, T>(u + (i + k) * z.in_dim * lanes, weights(i + k), z, V, g, votes + k * size, ck, gk);
+      softmax(ck, z.out_capsules, z.leaky);
+      if constexpr (backward) softmax_backward(ck, gk, z.out_capsules);
+    }
+    if (sums) add_weighted<n, T>(votes, (backward ? gb : c) + at, z, sums);
+  };
+  for_blocks<kShared>(last, group, first);
+}
+
+// grad_u [D] += Σ_e W_de gû_e for one parent.
+template <typename T>
+CAPS_INLINE void add_input_gradient(const T* grad_votes, const T* matrix, int64_t D, int64_t E, T* grad_u) {
+  using V = Vec<T>;
+  constexpr int lanes = kLanes<T>;
+  for_blocks<8>(D, [&](auto block, int64_t d0) __attribute__((always_inline)) {
+    constexpr int n = decltype(block)::size;
+    V even[n], odd[n] = {};
+    for (int d = 0; d < n; ++d) even[d] = load<V>(grad_u + (d0 + d) * lanes);
+    int64_t e = 0;
+    for (; e + 2 <= E; e += 2) {
+      const V x = load<V>(grad_votes + e * lanes), y = load<V>(grad_votes + (e + 1) * lanes);
+#pragma GCC unroll 8
+      for (int d = 0; d < n; ++d) {
+        even[d] += x * matrix[(d0 + d) * E + e];
+        odd[d] += y * matrix[(d0 + d) * E + e + 1];
+      }
+    }
+    if (e < E) {
+      const V x = load<V>(grad_votes + e * lanes);
+      for (int d = 0; d < n; ++d) even[d] += x * matrix[(d0 + d) * E + e];
+    }
+    for (int d = 0; d < n; ++d) store(grad_u + (d0 + d) * lanes, even[d] + odd[d]);
+  });
+}
+
+// Of two vectors a and b, the runs of `run` lanes with number 2m + half, those of a at places 2m, those of b at 2m + 1.
+template <int run, int half, typename V, int... lane>
+CAPS_INLINE V alternate(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (lane / (2 * run) * (2 * run) + half * run + lane % run +
+                                        lane / run % 2 * kLanesOf<V>)...);
+}
+
+// A vector whose lane k is the sum over the lanes of vectors[k], pairwise.
+template <int run = 1, typename V>
+CAPS_INLINE V lane_sums(const V* vectors) {
+  constexpr int lanes = kLanesOf<V>;
+  if constexpr (run == lanes) {
+    return vectors[0];
+  } else {
+    constexpr auto sequence = std::make_integer_sequence<int, lanes>();
+    V halves[lanes / run / 2];
+#pragma GCC unroll 16
+    for (int k = 0; k < lanes / run / 2; ++k) {
+      halves[k] = alternate<run, 0>(vectors[2 * k], vectors[2 * k + 1], sequence) +
+                  alternate<run, 1>(vectors[2 * k], vectors[2 * k + 1], sequence);
+    }
+    return lane_sums<run * 2>(halves);
+  }
+}
+
+// grad_W [D][E] += Σ over tiles and lanes of u_d gû_e for one parent; tiles are u_step and g_step numbers apart.
+template <typename T>
+CAPS_INLINE void add_weight_gradient(const T* u, int64_t u_step, const T* grad_votes, int64_t g_step, int64_t tiles,
+                                     int64_t D, int64_t E, T* grad_weight) {
+  using V = Vec<T>;
+  constexpr int lanes = kLanes<T>, side = lanes >= 16 ? 4 : 2;
+  for_blocks<side>(D, [&](auto rows, int64_t d0) __attribute__((always_inline)) {
+    for_blocks<4>(E, [&](auto columns, int64_t e0) __attribute__((always_inline)) {
+      constexpr int nd = decltype(rows)::size, ne = decltype(columns)::size;
+      constexpr int vectors = (nd * ne + lanes - 1) / lanes;
+      V sums[vectors * lanes] = {};
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const T *x = u + tile * u_step + d0 * lanes, *y = grad_votes + tile * g_step + e0 * lanes;
+#pragma GCC unroll 4
+        for (int d = 0; d < nd; ++d) {
+          const V ud = load<V>(x + d * lanes);
+#pragma GCC unroll 4
+          for (int e = 0; e < ne; ++e) sums[d * ne + e] += ud * load<V>(y + e * lanes);
+        }
+      }
+      for (int v = 0; v < vectors; ++v) {
+        const V total = lane_sums(sums + v * lanes);
+        for (int k = v * lanes; k < nd * ne && k < (v + 1) * lanes; ++k) {
+          grad_weight[(d0 + k / ne) * E + e0 + k % ne] += total[k - v * lanes];
+        }
+      }
+    });
+  });
+}
+
+}  // namespace caps::CAPS_ISA

@@ -1,0 +1,143 @@
+"""dense_capsules in C++: both regimes and the sizes at which they switch, instruction sets, threads, memory."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from caps_kernels import _extension, backends
+from tests.cases import Case, dense_capsules
+from tests.test_op_contract import RTOL, assert_near, gradients
+
+pytestmark = pytest.mark.skipif(
+    _extension.MISSING["cpp"] is not None, reason=f"no C++ library: {_extension.MISSING['cpp']}"
+)
+
+CASES = (
+    dense_capsules("1-sample", 1, 9, 3, 8, 16, bias=True),
+    dense_capsules("8-samples", 8, 35, 4, 5, 16, bias=True),
+    dense_capsules("9-samples", 9, 35, 4, 5, 16, bias=True),
+    dense_capsules("15-samples-odd", 15, 9, 3, 5, 21, bias=True, leaky=True),
+    dense_capsules("16-samples", 16, 8, 10, 8, 16, iterations=4),
+    dense_capsules("17-samples-last", 17, 13, 2, 9, 5, bias=True, routing_grad="last"),
+    dense_capsules("33-samples-shared", 33, 12, 4, 8, 16, positions=4, bias=True),
+    dense_capsules("33-samples-one-type", 33, 40, 4, 3, 7, positions=40, leaky=True, iterations=2),
+    dense_capsules("70-samples", 70, 21, 3, 6, 12, positions=7, bias=True),
+    dense_capsules("150-samples", 150, 5, 2, 4, 17, bias=True),
+    dense_capsules("3-samples-last", 3, 21, 3, 6, 12, bias=True, routing_grad="last"),
+)
+
+
+def isa_names() -> list[str]:
+    if _extension.MISSING["cpp"] is not None:
+        return ["none"]
+    return list(importlib.import_module("caps_kernels._cpp").isa_names())
+
+
+@pytest.fixture(params=isa_names())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with _extension.force_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.detach().double() - wanted.detach()).abs().max() / wanted.detach().abs().max())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_instruction_set_dtype_and_number_of_threads(case: Case, isa: str, threads: None) -> None:
+    for dtype, rtol in RTOL.items():
+        inputs = case.inputs(dtype)
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        wanted = case.call(exact, "reference")
+        wanted_gradients = gradients(wanted, exact)
+        found = []
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            v = case.call(inputs, "cpp")
+            found.append([v.detach(), *gradients(v, inputs)])
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+        # Where routing itself is ill-conditioned, twice the error of the reference in the same dtype is allowed.
+        eager = case.call(inputs, "reference")
+        names = ("v", *(f"gradient of {name}" for name in case.shapes))
+        for name, got, want, plain, factor in zip(
+            names, found[0], (wanted, *wanted_gradients), (eager, *gradients(eager, inputs)), (2, 8, 8, 8), strict=False
+        ):
+            allowed = max(factor * rtol, 2 * relative_error(plain, want))
+            assert_near(got, want, allowed, f"{name} in {dtype}")
+
+
+def test_the_regime_is_told_and_depends_on_the_number_of_samples() -> None:
+    with _extension.force_isa("v3" if "v3" in isa_names() else isa_names()[-1]):
+        lanes = 8 if "v3" in isa_names() else 4
+        for samples, positions, regime in (
+            (1, 1, "rows"),
+            (lanes // 2, 1, "rows"),
+            (lanes // 2 + 1, 1, "tiles"),
+            (1, 2, "tiles"),
+        ):
+            u, weight = torch.randn(samples, 6, 3), torch.randn(6 // positions, 4, 3, 16)
+            verdict = next(
+                v for v in backends.explain("dense_capsules", u, weight, positions=positions) if v.backend == "cpp"
+            )
+            assert verdict.regime is not None
+            assert verdict.regime.startswith(regime)
+        u, weight = torch.empty(1, 1, 3).expand(1, 200_000, 3), torch.empty(1, 4, 3, 16).expand(200_000, 4, 3, 16)
+        too_large = next(v for v in backends.explain("dense_capsules", u, weight) if v.backend == "cpp")
+        assert too_large.regime is not None
+        assert too_large.regime.startswith("tiles")
+
+
+@pytest.mark.parametrize("options", [{}, {"routing_grad": "last"}, {"positions": 100}], ids=str)
+def test_beyond_the_budget_coefficients_are_computed_again(options: dict[str, object]) -> None:
+    # 2 · 9 iterations of [33 samples in 5 tiles of 8 lanes, 600, 60] doubles are over 64 MiB, whatever the lanes.
+    case = dense_capsules("large", 33, 600, 60, 2, 3, iterations=10, bias=True, **options)  # type: ignore[arg-type]
+    inputs, exact = case.inputs(), case.inputs()
+    got, wanted = case.call(inputs, "cpp"), case.call(exact, "reference")
+    assert_near(got, wanted, 1e-12, "v")
+    for g, w in zip(gradients(got, inputs), gradients(wanted, exact), strict=True):
+        assert_near(g, w, 1e-10, "gradient")
+
+
+MEMORY = """
+import torch
+from caps_kernels.functional import dense_capsules
+
+def status(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+dense_capsules(torch.randn(2, 4, 3), torch.randn(4, 2, 3, 4, requires_grad=True), backend="cpp").sum().backward()
+u = torch.randn(512, 1024, 8, requires_grad=True)
+weight = torch.randn(1024, 32, 8, 16, requires_grad=True)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = status("VmRSS")
+dense_capsules(u, weight, backend="cpp").sum().backward()
+print((status("VmHWM") - before) / (512 * 1024 * 32 * 16 * 4))
+"""
+
+
+def test_memory_stays_far_below_that_of_the_votes() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    share_of_votes = float(done.stdout)
+    assert 0 < share_of_votes < 0.15
+
+
+@pytest.mark.long
+def test_memory_where_the_votes_would_be_4_gib() -> None:
+    script = MEMORY.replace("512, 1024, 8", "512, 4096, 8").replace("1024, 32", "4096, 32")
+    script = script.replace("512 * 1024", "512 * 4096")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) < 0.1
