@@ -24,7 +24,6 @@ ROOT = Path(__file__).parent
 CHOICES = ("auto", "cpu", "cuda", "none")
 SOURCES = {"cpp": ("csrc/cpu", "*.cpp"), "cuda": ("csrc/cuda", "*.cu")}
 ASKED_BY = {"cpp": "cpu", "cuda": "cuda"}
-INSTRUCTION_SETS = {"v2": ["-march=x86-64-v2"], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
 FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"),
     # NaN, infinity and the order of sums keep their meaning; errno and floating-point traps are given up.
@@ -53,6 +52,17 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 
 
+def instruction_sets() -> dict[str, list[str]]:
+    """The names for which kernels are compiled, as in csrc/include/caps/kernel.h, and the flags of each."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"baseline": []}
+    return {
+        "v2": ["-march=x86-64-v2"],
+        "v3": ["-march=x86-64-v3"],
+        "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    }
+
+
 def build_cpp(library: Path, objects: Path) -> None:
     """Compile csrc/library.cpp once, and each op of csrc/cpu for the host and for every instruction set; link them."""
     import torch
@@ -60,14 +70,11 @@ def build_cpp(library: Path, objects: Path) -> None:
     torch_root = Path(torch.__file__).parent
     cxx, flags = str(compiler()), [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
     host = [f"-isystem{torch_root}/include", f"-isystem{sysconfig.get_paths()['include']}"]
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    variants = INSTRUCTION_SETS if is_x86 else {"baseline": []}
     units = {"library": ("library", host)}
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         units[source.stem] = (f"cpu/{source.stem}", host)
-        for name, march in variants.items():
-            wide = ["-mprefer-vector-width=512"] if name == "v4" else []
-            units[f"{source.stem}-{name}"] = (f"cpu/{source.stem}", [f"-DCAPS_ISA={name}", *march, *wide])
+        for name, march in instruction_sets().items():
+            units[f"{source.stem}-{name}"] = (f"cpu/{source.stem}", [f"-DCAPS_ISA={name}", *march])
     objects.mkdir(parents=True, exist_ok=True)
     commands = {
         objects / f"{name}.o": [cxx, *flags, *extra, f"-I{ROOT}/csrc/include", "-c", f"{ROOT}/csrc/{stem}.cpp"]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -134,6 +135,88 @@ def test_unknown_choices_are_refused(
     with pytest.raises(SystemExit, match=f"CAPS_BUILD must be one of auto, cpu, cuda, none, got '{choice}'"):
         build(script, tmp_path)
     assert report_in(tmp_path) is None
+
+
+COMPILER = """#!/bin/sh
+echo "$@" >> {log}
+test -e {broken} && echo "squash.cpp:1:2: error: expected unqualified-id" && exit 1
+while [ $# -gt 1 ]; do
+  case $1 in
+    -o) : > "$2" ;;
+    -c) source=$2 ;;
+    -MF) echo "x.o: $source {header}" > "$2" ;;
+  esac
+  shift
+done
+"""
+
+
+@pytest.fixture
+def compiler(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that writes empty files and a log, which is returned; it fails while the file "broken" is there."""
+    add_sources(tmp_path)
+    for name in ("csrc/library.cpp", "header.h"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    log, path = tmp_path / "log", tmp_path / "compiler"
+    names = {"log": log, "broken": tmp_path / "broken", "header": tmp_path / "header.h"}
+    path.write_text(COMPILER.format(**names), encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == str(path) else None)
+    return log
+
+
+def compiled(log: Path) -> list[str]:
+    """What was compiled since the last call, "link" for the library."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    words = [line.split() for line in lines]
+    return sorted("link" if "-shared" in w else Path(w[w.index("-o") + 1]).stem for w in words)
+
+
+def test_only_what_has_changed_is_compiled_again(script: ModuleType, compiler: Path, tmp_path: Path) -> None:
+    everything = ["library", "link", "squash", *(f"squash-{name}" for name in script.instruction_sets())]
+    build(script, tmp_path / "lib")
+    assert compiled(compiler) == sorted(everything)
+    assert (tmp_path / "lib/caps_kernels/_cpp.abi3.so").exists()
+    assert report_in(tmp_path / "lib")["cpp"] == "built"
+    build(script, tmp_path / "lib")
+    assert compiled(compiler) == ["link"]
+    for changed, again in (("csrc/library.cpp", ["library", "link"]), ("header.h", sorted(everything))):
+        newer = time.time() + 10
+        os.utime(tmp_path / changed, (newer, newer))
+        build(script, tmp_path / "lib")
+        assert compiled(compiler) == again
+        os.utime(tmp_path / changed, (0, 0))
+        build(script, tmp_path / "lib")
+        assert compiled(compiler) == ["link"]
+
+
+def test_other_flags_compile_everything_again(
+    script: ModuleType, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(script, tmp_path)
+    first = compiled(compiler)
+    monkeypatch.setenv("CXXFLAGS", "-DNEW -g")
+    build(script, tmp_path)
+    assert "-DNEW -g" in compiler.read_text(encoding="utf-8")
+    assert compiled(compiler) == first
+
+
+def test_a_failed_build_leaves_what_the_compiler_said(
+    script: ModuleType, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").touch()
+    build(script, tmp_path / "lib")
+    reason = report_in(tmp_path / "lib")["cpp"]
+    assert reason.startswith("not built: ")
+    assert "squash.cpp:1:2: error: expected unqualified-id" in reason
+    monkeypatch.setenv("CAPS_BUILD", "cpu")
+    with pytest.raises(SystemExit, match=r"CAPS_BUILD=cpu, but not built: .*expected unqualified-id"):
+        build(script, tmp_path / "lib")
+    (tmp_path / "broken").unlink()
+    build(script, tmp_path / "lib")
+    assert report_in(tmp_path / "lib")["cpp"] == "built"
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,25 +29,6 @@ CASES = (
     dense_capsules("150-samples", 150, 5, 2, 4, 17, bias=True),
     dense_capsules("3-samples-last", 3, 21, 3, 6, 12, bias=True, routing_grad="last"),
 )
-
-
-def isa_names() -> list[str]:
-    if _extension.MISSING["cpp"] is not None:
-        return ["none"]
-    return list(importlib.import_module("caps_kernels._cpp").isa_names())
-
-
-@pytest.fixture(params=isa_names())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with _extension.force_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -80,8 +59,9 @@ def test_every_instruction_set_dtype_and_number_of_threads(case: Case, isa: str,
 
 
 def test_the_regime_is_told_and_depends_on_the_number_of_samples() -> None:
-    with _extension.force_isa("v3" if "v3" in isa_names() else isa_names()[-1]):
-        lanes = 8 if "v3" in isa_names() else 4
+    names = _extension.isa_names()
+    with _extension.force_isa("v3" if "v3" in names else names[-1]):
+        lanes = 8 if "v3" in names else 4
         for samples, positions, regime in (
             (1, 1, "rows"),
             (lanes // 2, 1, "rows"),
