@@ -180,7 +180,7 @@ def _sweep(letter: str, field: str, values: tuple[int, ...], **options: Any) -> 
 
 SWEEPS = (
     *_sweep("B", "batch", (4, 15, 16, 17, 32, 64, 256)),
-    *_sweep("I", "in_capsules", (36, 288, 4608, 18432), memory=True),
+    *_sweep("I", "in_capsules", (36, 288, 4608, 9216), memory=True),
     *_sweep("J", "out_capsules", (1, 2, 32, 59, 128)),
     *_sweep("E", "out_dim", (4, 8, 32)),
     *_sweep("R", "iterations", (1, 2, 5, 10)),

@@ -166,7 +166,7 @@ class Run:
             self.peaks.setdefault(case.name, {}).setdefault(name, {})[quantity] = found
 
     def _weighs(self, case: Case, outcome: measure.Outcome) -> bool:
-        if self.given.quick and outcome.name not in (*backends.available(), "einsum"):
+        if self.given.quick and outcome.name not in (backends.available()[0], "einsum"):
             return False
         return "," not in outcome.name and (case.name == "main" or outcome.name not in ("elementwise", "reference"))
 
