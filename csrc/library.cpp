@@ -97,8 +97,8 @@ PyMethodDef methods[] = {
     {"set_isa", set_isa, METH_VARARGS, "Use an instruction set of isa_names()."},
     {nullptr, nullptr, 0, nullptr},
 };
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpp", "C++ kernels for the CPU.", -1, methods, nullptr, nullptr, nullptr,
-                      nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cpp", "C++ kernels for the CPU.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

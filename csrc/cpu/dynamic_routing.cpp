@@ -2,8 +2,8 @@
 // the mathematics; its symbols are used here, with iterations t counted from 0.
 //
 // A sample's input capsules are taken in chunks, a chunk in groups of kGroup, a group in blocks of as many capsules as
-// a vector has lanes (caps/block.h). Sums over i are taken within a group, then over the groups of a chunk, then pairwise
-// over the chunks.
+// a vector has lanes (caps/block.h). Sums over i are taken within a group, then over the groups of a chunk, then
+// pairwise over the chunks.
 //
 // Samples: a thread does all iterations of a sample, whose votes stay in its cache. Split: all threads do one iteration
 // of all chunks of all samples, then the next. Both do the same sums in the same order.
@@ -11,7 +11,22 @@
 
 namespace caps {
 
+// What a launch does, and what it is divided into.
+enum class RoutingStep : int32_t {
+  forward,          // samples
+  forward_pass,     // chunks of all samples
+  forward_finish,   // samples
+  backward,         // samples
+  backward_start,   // samples
+  backward_pass,    // chunks of all samples
+  backward_finish,  // samples
+  backward_votes,   // chunks of all samples
+  backward_bias,    // higher capsules
+};
+
 struct RoutingArgs {
+  RoutingStep step;
+  int64_t t;  // split: the iteration to be done
   DType dtype;
   int64_t iterations;
   bool leaky, last;
@@ -27,7 +42,6 @@ struct RoutingArgs {
   void* bias_sums;      // [B, J, E], backward, accumulation dtype: Σ_t g^t of each sample; or none
   View<2> grad_bias;    // [J, E], backward
   int64_t chunk;        // input capsules a chunk, a multiple of kGroup
-  int64_t step;         // split: the iteration to be done
   void* samples;        // split: memory of all samples
   int64_t sample_size;  // numbers a sample has there
 
@@ -41,15 +55,7 @@ struct RoutingArgs {
 };
 
 constexpr int64_t kGroup = 64;
-CAPS_KERNEL(routing_forward, RoutingArgs)          // samples
-CAPS_KERNEL(routing_forward_pass, RoutingArgs)     // chunks of all samples
-CAPS_KERNEL(routing_forward_finish, RoutingArgs)   // samples
-CAPS_KERNEL(routing_backward, RoutingArgs)         // samples
-CAPS_KERNEL(routing_backward_start, RoutingArgs)   // samples
-CAPS_KERNEL(routing_backward_pass, RoutingArgs)    // chunks of all samples
-CAPS_KERNEL(routing_backward_finish, RoutingArgs)  // samples
-CAPS_KERNEL(routing_backward_votes, RoutingArgs)   // chunks of all samples
-CAPS_KERNEL(routing_backward_bias, RoutingArgs)    // higher capsules
+CAPS_KERNEL(routing_step, RoutingArgs)
 
 }  // namespace caps
 
@@ -65,8 +71,8 @@ namespace {
 // Memory of a sample; vectors are [J, padded].
 template <typename T>
 struct Sample {
-  T* partial;     // [chunks, J, padded] sums of the chunks
-  T* total;       // forward: V^t; backward: Σ of gV over the iterations done
+  T* partial;  // [chunks, J, padded] sums of the chunks
+  T* total;    // forward: V^t; backward: Σ of gV over the iterations done
   T *s, *v;
   T* first;       // backward: c^0 g^0
   T* gradient;    // backward: g^t
@@ -101,6 +107,21 @@ class Routing {
     staging = reinterpret_cast<scalar_t*>(group_sum + row);
   }
 
+  void step(int64_t n) {
+    switch (args.step) {
+      case RoutingStep::forward: return forward(n);
+      case RoutingStep::forward_pass: return forward_pass(n / chunks, n % chunks, args.t);
+      case RoutingStep::forward_finish: return forward_finish(n, args.t);
+      case RoutingStep::backward: return backward(n);
+      case RoutingStep::backward_start: return backward_start(n);
+      case RoutingStep::backward_pass: return backward_pass(n / chunks, n % chunks, args.t);
+      case RoutingStep::backward_finish: return backward_finish(n, args.t);
+      case RoutingStep::backward_votes: return backward_votes(n / chunks, n % chunks);
+      case RoutingStep::backward_bias: return backward_bias(n);
+    }
+  }
+
+ private:
   void forward(int64_t b) {
     for (int64_t t = 0; t < args.iterations; ++t) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) forward_pass(b, chunk, t);
@@ -115,7 +136,7 @@ class Routing {
     if (t == 0) fill(c, uniform, J * L);
     const bool wants_coupling = t == args.iterations - 1 && args.coupling.data != nullptr;
     sum_over_chunk(chunk, sample.partial + chunk * row, [&](int64_t i, int64_t count) {
-      const Block<scalar_t> block = stage(b, i, count);
+      const Block<scalar_t> block = block_at(b, i, count);
       if (t > 0) couplings(block, sample.total, c);
       loops.add(block, c, group_sum, shape);
       if (wants_coupling) write_coupling(c, b, i, count);
@@ -176,7 +197,7 @@ class Routing {
   void backward_pass(int64_t b, int64_t chunk, int64_t t) {
     const Sample<T> sample = memory_of(b);
     sum_over_chunk(chunk, sample.partial + chunk * row, [&](int64_t i, int64_t count) {
-      const Block<scalar_t> block = stage(b, i, count);
+      const Block<scalar_t> block = block_at(b, i, count);
       T* c = args.remember ? remembered(sample, i, t) : local_coefficients;
       coefficients(block, pair(sample, t), c);
       loops.add(block, c + J * L, group_sum, shape);
@@ -199,7 +220,7 @@ class Routing {
       const int64_t count = end - i < L ? end - i : L;
       const T* c = args.remember ? remembered(sample, i, args.iterations - 1) : local_coefficients;
       if (!args.remember && pair_count > 0) {
-        const Block<scalar_t> block = stage(b, i, count);
+        const Block<scalar_t> block = block_at(b, i, count);
         if (args.last) couplings(block, sample.pairs + row, local_coefficients);
         for (int64_t n = 0; n < pair_count && !args.last; n += 2) {
           coefficients(block, sample.pairs + n * row, local_coefficients + n * J * L);
@@ -207,19 +228,33 @@ class Routing {
       }
       scalar_t* out = static_cast<scalar_t*>(args.grad_votes.data) + (b * I + i) * J * E;
       const bool direct = count == L && E == padded;
-      const Block<scalar_t> block = direct ? Block<scalar_t>{out, J * E, E, 0, args.streamed} : staged_block();
+      const Block<scalar_t> block =
+          direct ? Block<scalar_t>{out, J * E, E, 0, args.streamed} : Block<scalar_t>{staging, row, padded};
       loops.combine(block, sample.first, c, sample.pairs, args.last ? pair_count > 0 : pair_count, shape);
-      if (!direct) unstage(out, count);
+      if (!direct) write_rows(staging, out, count, shape);
     }
     finish_streaming();
   }
 
- private:
+  // grad_bias of one higher capsule, with samples added up in groups of 32.
+  void backward_bias(int64_t j) const {
+    const int64_t B = args.votes.size[0];
+    const T* sums = static_cast<const T*>(args.bias_sums) + j * E;
+    for (int64_t e = 0; e < E; ++e) {
+      T total = 0;
+      for (int64_t first = 0; first < B; first += 32) {
+        T group = 0;
+        for (int64_t b = first; b < B && b < first + 32; ++b) group += sums[b * J * E + e];
+        total += group;
+      }
+      store_one(static_cast<scalar_t*>(args.grad_bias.data) + j * E + e, total);
+    }
+  }
+
   static void fill(T* to, T value, int64_t count) {
     for (int64_t n = 0; n < count; ++n) to[n] = value;
   }
-  template <typename number>
-  static void copy(number* to, const number* from, int64_t count) {
+  static void copy(T* to, const T* from, int64_t count) {
     for (int64_t n = 0; n < count; ++n) to[n] = from[n];
   }
   void accumulate(T* to, const T* from) const {
@@ -230,8 +265,14 @@ class Routing {
     T* base = args.samples == nullptr ? memory : static_cast<T*>(args.samples) + b * args.sample_size;
     T* vectors = base + chunks * row;
     T* pairs = vectors + 5 * row;
-    return {base,  vectors, vectors + row, vectors + 2 * row, vectors + 3 * row, vectors + 4 * row,
-            pairs, pairs + pair_count * row};
+    return {base,
+            vectors,
+            vectors + row,
+            vectors + 2 * row,
+            vectors + 3 * row,
+            vectors + 4 * row,
+            pairs,
+            pairs + pair_count * row};
   }
   // g^t, followed by V^{t-1}.
   T* pair(const Sample<T>& sample, int64_t t) const { return sample.pairs + 2 * (args.iterations - 1 - t) * row; }
@@ -304,41 +345,11 @@ class Routing {
     }
   }
 
-  // Whether the loops can work on rows of E consecutive numbers where they lie.
-  bool fits_rows(int64_t count) const { return count == L && (E == padded || kPartsLoad<scalar_t>); }
-  Block<scalar_t> staged_block() const { return {staging, row, padded}; }
-
-  // Rows of the block of `count` capsules that begins with i; where they cannot be used as they lie, a copy.
-  Block<scalar_t> stage(int64_t b, int64_t i, int64_t count) {
+  // Rows of the block of `count` capsules that begins with i.
+  Block<scalar_t> block_at(int64_t b, int64_t i, int64_t count) {
     const View<4>& votes = args.votes;
     scalar_t* from = static_cast<scalar_t*>(votes.data) + b * votes.stride[0] + i * votes.stride[1];
-    if ((E == 1 || votes.stride[3] == 1) && fits_rows(count)) {
-      return {from, votes.stride[1], votes.stride[2], L * votes.stride[1]};
-    }
-    for (int64_t n = 0; n < L * row; ++n) staging[n] = scalar_t{};
-    for (int64_t k = 0; k < count; ++k) {
-      for (int64_t j = 0; j < J; ++j) {
-        const scalar_t* numbers = from + k * votes.stride[1] + j * votes.stride[2];
-        if (votes.stride[3] == 1) copy(staging + k * row + j * padded, numbers, E);
-        else for (int64_t e = 0; e < E; ++e) staging[k * row + j * padded + e] = numbers[e * votes.stride[3]];
-      }
-    }
-    return staged_block();
-  }
-
-  // Rows from `staging` to consecutive memory. Whole vectors are written, and what is too much is overwritten by the
-  // next row; the last rows are copied number by number.
-  void unstage(scalar_t* to, int64_t count) const {
-    using Bytes = Vec<uint8_t>;
-    constexpr int64_t n = kVectorBytes / sizeof(scalar_t);
-    const scalar_t* end = to + count * J * E;
-    for (int64_t k = 0; k < count; ++k) {
-      const scalar_t* from = staging + k * row;
-      for (int64_t j = 0; j < J; ++j, from += padded, to += E) {
-        if (end - to < E + n) copy(to, from, E);
-        else for (int64_t e = 0; e < E; e += n) __builtin_memcpy(to + e, from + e, sizeof(Bytes));
-      }
-    }
+    return read_block(from, votes.stride[1], votes.stride[2], votes.stride[3], count, shape, staging);
   }
 
   void write_coupling(const T* c, int64_t b, int64_t i, int64_t count) const {
@@ -359,63 +370,12 @@ class Routing {
   scalar_t* staging;
 };
 
-// grad_bias of one higher capsule, with samples added up in groups of 32.
-template <typename scalar_t>
-void sum_over_batch(const RoutingArgs& args, int64_t j) {
-  using T = Acc<scalar_t>;
-  const int64_t B = args.votes.size[0], J = args.votes.size[2], E = args.votes.size[3];
-  const T* sums = static_cast<const T*>(args.bias_sums) + j * E;
-  for (int64_t e = 0; e < E; ++e) {
-    T total = 0;
-    for (int64_t first = 0; first < B; first += 32) {
-      T group = 0;
-      for (int64_t b = first; b < B && b < first + 32; ++b) group += sums[b * J * E + e];
-      total += group;
-    }
-    store_one(static_cast<scalar_t*>(args.grad_bias.data) + j * E + e, total);
-  }
-}
-
-template <typename F>
-void each(const RoutingArgs& args, int64_t begin, int64_t end, const F& work) {
-  dispatch_floating(args.dtype, [&]<typename scalar_t>() {
-    Routing<scalar_t> routing(args);
-    for (int64_t n = begin; n < end; ++n) work(routing, n);
-  });
-}
-
 }  // namespace
 
-void routing_forward(const RoutingArgs& args, int64_t begin, int64_t end) {
-  each(args, begin, end, [](auto& routing, int64_t b) { routing.forward(b); });
-}
-void routing_forward_pass(const RoutingArgs& args, int64_t begin, int64_t end) {
-  const int64_t chunks = args.chunks();
-  each(args, begin, end, [&](auto& routing, int64_t n) { routing.forward_pass(n / chunks, n % chunks, args.step); });
-}
-void routing_forward_finish(const RoutingArgs& args, int64_t begin, int64_t end) {
-  each(args, begin, end, [&](auto& routing, int64_t b) { routing.forward_finish(b, args.step); });
-}
-void routing_backward(const RoutingArgs& args, int64_t begin, int64_t end) {
-  each(args, begin, end, [](auto& routing, int64_t b) { routing.backward(b); });
-}
-void routing_backward_start(const RoutingArgs& args, int64_t begin, int64_t end) {
-  each(args, begin, end, [](auto& routing, int64_t b) { routing.backward_start(b); });
-}
-void routing_backward_pass(const RoutingArgs& args, int64_t begin, int64_t end) {
-  const int64_t chunks = args.chunks();
-  each(args, begin, end, [&](auto& routing, int64_t n) { routing.backward_pass(n / chunks, n % chunks, args.step); });
-}
-void routing_backward_finish(const RoutingArgs& args, int64_t begin, int64_t end) {
-  each(args, begin, end, [&](auto& routing, int64_t b) { routing.backward_finish(b, args.step); });
-}
-void routing_backward_votes(const RoutingArgs& args, int64_t begin, int64_t end) {
-  const int64_t chunks = args.chunks();
-  each(args, begin, end, [&](auto& routing, int64_t n) { routing.backward_votes(n / chunks, n % chunks); });
-}
-void routing_backward_bias(const RoutingArgs& args, int64_t begin, int64_t end) {
+void routing_step(const RoutingArgs& args, int64_t begin, int64_t end) {
   dispatch_floating(args.dtype, [&]<typename scalar_t>() {
-    for (int64_t j = begin; j < end; ++j) sum_over_batch<scalar_t>(args, j);
+    Routing<scalar_t> routing(args);
+    for (int64_t n = begin; n < end; ++n) routing.step(n);
   });
 }
 
@@ -454,6 +414,11 @@ void* allocate_samples(RoutingArgs& args, int64_t extra) {
   return memory + bytes;
 }
 
+void run(RoutingStep step, RoutingArgs& args, int64_t count, int64_t work) {
+  args.step = step;
+  launch(routing_step, args, count, work);
+}
+
 // About how long a pass over the votes of one lower capsule takes, in nanoseconds.
 int64_t work_of_capsule(const RoutingArgs& args) { return args.votes.size[2] * (args.votes.size[3] + 15) / 16 * 2; }
 
@@ -467,13 +432,13 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_routing_fwd(Tensor votes, std::option
   args.s = view_of<4>(s);
   if (return_coupling) args.coupling = view_of<3>(coupling);
   if (!split) {
-    launch(routing_forward, args, B, iterations * I * work_of_capsule(args));
+    run(RoutingStep::forward, args, B, iterations * I * work_of_capsule(args));
     return {v, s, coupling};
   }
   allocate_samples(args, 0);
-  for (args.step = 0; args.step < iterations; ++args.step) {
-    launch(routing_forward_pass, args, B * args.chunks(), args.chunk * work_of_capsule(args));
-    launch(routing_forward_finish, args, B, args.chunks() * work_of_capsule(args));
+  for (args.t = 0; args.t < iterations; ++args.t) {
+    run(RoutingStep::forward_pass, args, B * args.chunks(), args.chunk * work_of_capsule(args));
+    run(RoutingStep::forward_finish, args, B, args.chunks() * work_of_capsule(args));
   }
   return {v, s, coupling};
 }
@@ -497,16 +462,16 @@ std::tuple<Tensor, Tensor> dynamic_routing_bwd(Tensor grad_v, Tensor votes, std:
   }
   const int64_t work = work_of_capsule(args);
   if (!split) {
-    launch(routing_backward, args, B, 3 * iterations * I * work);
+    run(RoutingStep::backward, args, B, 3 * iterations * I * work);
   } else {
-    launch(routing_backward_start, args, B, 10 * iterations * work);
-    for (args.step = last ? 0 : iterations - 1; args.step > 0; --args.step) {
-      launch(routing_backward_pass, args, B * args.chunks(), 2 * args.chunk * work);
-      launch(routing_backward_finish, args, B, (args.chunks() + 10) * work);
+    run(RoutingStep::backward_start, args, B, 10 * iterations * work);
+    for (args.t = last ? 0 : iterations - 1; args.t > 0; --args.t) {
+      run(RoutingStep::backward_pass, args, B * args.chunks(), 2 * args.chunk * work);
+      run(RoutingStep::backward_finish, args, B, (args.chunks() + 10) * work);
     }
-    launch(routing_backward_votes, args, B * args.chunks(), 2 * args.chunk * work);
+    run(RoutingStep::backward_votes, args, B * args.chunks(), 2 * args.chunk * work);
   }
-  if (bias) launch(routing_backward_bias, args, J, B * E / 4);
+  if (bias) run(RoutingStep::backward_bias, args, J, B * E / 4);
   return {grad_votes, grad_bias};
 }
 

@@ -1,26 +1,26 @@
 // predict_votes: û_ije = Σ_d u_id W_tjde with t = i // P, and its gradients.
 //
-// The rows of type t are the vectors u_bi of all its input capsules i in all samples b: B·P of them, each times the same
-// matrix, D x (J·E). Work is divided into chunks of a few types and a range of their rows ("split"). Vectors run along
-// (j, e), which is contiguous in the votes; a matrix is used where it lies if E is whole vectors, else from a copy
-// [D, J·E] with padding at the end alone.
+// The rows of type t are the vectors u_bi of all its input capsules i in all samples b: B·P of them, each times the
+// same matrix, D x (J·E). Work is divided into chunks of a few types and a range of their rows ("split"). Vectors run
+// along (j, e), which is contiguous in the votes; a matrix is used where it lies if E is whole vectors, else from a
+// copy [D, J·E] with padding at the end alone.
 #include <caps/kernel.h>
 
 namespace caps {
 
 struct VotesArgs {
   DType dtype;
-  int64_t positions;     // P
-  View<3> u;             // [B, I, D]
-  View<4> weight;        // [T, J, D, E]
-  View<4> votes;         // [B, I, J, E]: the result of forward, or the gradient given to backward
-  View<3> grad_u;        // [B, I, D]
-  View<4> grad_weight;   // [T, J, D, E]
-  int64_t chunk_types;   // types a chunk
-  int64_t splits;        // parts into which the rows of a type are divided …
-  int64_t split_rows;    // … and rows a part, a multiple of kRowBlock
-  bool streamed;         // forward: whether to write the votes past the cache
-  void* partial;         // [T, splits, D, J·E]: sums of the parts, accumulation dtype; none for one part
+  int64_t positions;    // P
+  View<3> u;            // [B, I, D]
+  View<4> weight;       // [T, J, D, E]
+  View<4> votes;        // [B, I, J, E]: the result of forward, or the gradient given to backward
+  View<3> grad_u;       // [B, I, D]
+  View<4> grad_weight;  // [T, J, D, E]
+  int64_t chunk_types;  // types a chunk
+  int64_t splits;       // parts into which the rows of a type are divided …
+  int64_t split_rows;   // … and rows a part, a multiple of kRowBlock
+  bool streamed;        // forward: whether to write the votes past the cache
+  void* partial;        // [T, splits, D, J·E]: sums of the parts, accumulation dtype; none for one part
 };
 
 constexpr int64_t kRowBlock = 64;
@@ -38,17 +38,21 @@ namespace caps::CAPS_ISA {
 namespace {
 
 // sum[m][w] += Σ_k a[m, k] b[k, w]
-//   a: numbers a_m apart for m, a_k apart for k;  b(k): address of a row of numbers;  offset: of `ways` vectors in a row
+//   a: numbers a_m apart for m, a_k apart for k;  b(k): address of a row of numbers;  offset: of `ways` vectors in a
+//   row
 template <int tile, int ways, typename V, typename T, typename Row>
 CAPS_INLINE void multiply_add(V (&sum)[tile][ways], const T* a, int64_t a_m, int64_t a_k, const Row& b,
                               const int64_t* offset, int64_t size) {
   for (int64_t k = 0; k < size; ++k) {
     const T* row = b(k);
     V y[ways];
-    CAPS_UNROLL for (int w = 0; w < ways; ++w) y[w] = load<V>(row + offset[w]);
-    CAPS_UNROLL for (int m = 0; m < tile; ++m) {
+    CAPS_UNROLL
+    for (int w = 0; w < ways; ++w) y[w] = load<V>(row + offset[w]);
+    CAPS_UNROLL
+    for (int m = 0; m < tile; ++m) {
       const V x = splat<V>(a[m * a_m + k * a_k]);
-      CAPS_UNROLL for (int w = 0; w < ways; ++w) sum[m][w] += x * y[w];
+      CAPS_UNROLL
+      for (int w = 0; w < ways; ++w) sum[m][w] += x * y[w];
     }
   }
 }
@@ -74,7 +78,9 @@ class Votes {
         E(args.weight.size[3]),
         vectors((J * E + L - 1) / L),
         padded(vectors * L),
-        direct(std::is_same_v<scalar_t, T> && E % L == 0 && args.weight.stride[3] == 1) {
+        direct(std::is_same_v<scalar_t, T> && E % L == 0 && args.weight.stride[3] == 1),
+        consecutive((E == 1 || args.votes.stride[3] == 1) && (J == 1 || args.votes.stride[2] == E)),
+        direct_grads(std::is_same_v<scalar_t, T> && padded == J * E && consecutive) {
     const int64_t dims = (D + kDims - 1) / kDims * kDims, matrices = direct ? 0 : args.chunk_types;
     const int64_t numbers = matrices * dims * padded + kRowBlock * dims + kRowBlock * padded + dims * padded;
     T* memory = static_cast<T*>(scratch(Scratch::chunk, numbers * int64_t(sizeof(T)) + vectors * int64_t{8}));
@@ -188,12 +194,10 @@ class Votes {
   // The addresses of the rows of grad_votes, or of copies of them.
   void read_grads(int64_t t, int64_t first, int64_t count) {
     const View<4>& votes = args.votes;
-    const bool consecutive = (E == 1 || votes.stride[3] == 1) && (J == 1 || votes.stride[2] == E);
-    const bool usable = std::is_same_v<scalar_t, T> && padded == J * E && consecutive;
     for (int64_t n = 0; n < count; ++n) {
       const scalar_t* from = static_cast<const scalar_t*>(votes.data) + sample_of(first + n) * votes.stride[0] +
                              capsule_of(t, first + n) * votes.stride[1];
-      if (usable) {
+      if (direct_grads) {
         grad_rows[n] = reinterpret_cast<const T*>(from);
         continue;
       }
@@ -224,10 +228,19 @@ class Votes {
   CAPS_INLINE void votes_of_vectors(const T* weight, scalar_t* const (&out)[tile], int64_t n) {
     V sum[tile][ways] = {};
     const int64_t stride = d_stride;
-    const auto row_of = [&](int64_t d) __attribute__((always_inline)) { return weight + d * stride; };
+    const int64_t ahead = direct ? args.weight.stride[0] : 0;
+    const auto row_of = [&](int64_t d) __attribute__((always_inline)) {
+      if (tile == 1) {  // the matrix is used once: fetch the next
+        CAPS_UNROLL
+        for (int w = 0; w < ways; ++w) __builtin_prefetch(weight + d * stride + offsets[n + w] + ahead);
+      }
+      return weight + d * stride;
+    };
     multiply_add(sum, inputs, D, 1, row_of, offsets + n, D);
-    CAPS_UNROLL for (int m = 0; m < tile; ++m) {
-      CAPS_UNROLL for (int w = 0; w < ways; ++w) write(out[m], n + w, sum[m][w]);
+    CAPS_UNROLL
+    for (int m = 0; m < tile; ++m) {
+      CAPS_UNROLL
+      for (int w = 0; w < ways; ++w) write(out[m], n + w, sum[m][w]);
     }
   }
 
@@ -242,6 +255,8 @@ class Votes {
 
   // grad_u: Σ_je W_jde g_je of each row, lanes along (j, e) until the very end.
   void input_gradients(const T* weight, int64_t t, int64_t first, int64_t count) {
+    // The same sample's row of the next type, or a row that comes soon.
+    const int64_t ahead = direct_grads ? (P == 1 ? 1 : 16) * args.votes.stride[1] : 0;
     for (int64_t n = 0; n < count; n += kRows) {
       for (int64_t d = 0; d < D; d += kDims) {
         const int64_t dims = D - d < kDims ? D - d : kDims;
@@ -252,14 +267,20 @@ class Votes {
         for (int r = 0; r < kRows; ++r) g[r] = grad_rows[n + r < count ? n + r : n];
         for (int64_t v = 0; v < vectors; ++v) {
           V y[kRows];
-          CAPS_UNROLL for (int r = 0; r < kRows; ++r) y[r] = load<V>(g[r] + v * L);
-          CAPS_UNROLL for (int m = 0; m < kDims; ++m) {
+          CAPS_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            y[r] = load<V>(g[r] + v * L);
+            if (d == 0) __builtin_prefetch(g[r] + v * L + ahead);
+          }
+          CAPS_UNROLL
+          for (int m = 0; m < kDims; ++m) {
             const V x = load<V>(w[m] + offsets[v]);
-            CAPS_UNROLL for (int r = 0; r < kRows; ++r) sum[r][m] += x * y[r];
+            CAPS_UNROLL
+            for (int r = 0; r < kRows; ++r) sum[r][m] += x * y[r];
           }
         }
-        const V lanes = sums_of_rows<V>([&](int64_t k)
-                                            __attribute__((always_inline)) { return sum[k / kDims][k % kDims]; });
+        const V lanes =
+            sums_of_rows<V>([&](int64_t k) __attribute__((always_inline)) { return sum[k / kDims][k % kDims]; });
         T result[L];
         store(result, lanes);
         for (int r = 0; r < kRows && n + r < count; ++r) {
@@ -291,8 +312,10 @@ class Votes {
     const int64_t offset[2] = {n * L, n * L + L};
     const auto row_of = [&](int64_t k) __attribute__((always_inline)) { return grad_rows[k]; };
     multiply_add(sum, inputs + d, 1, D, row_of, offset, count);
-    CAPS_UNROLL for (int m = 0; m < tile; ++m) {
-      CAPS_UNROLL for (int w = 0; w < ways; ++w) {
+    CAPS_UNROLL
+    for (int m = 0; m < tile; ++m) {
+      CAPS_UNROLL
+      for (int w = 0; w < ways; ++w) {
         T* to = sums + (d + m) * padded + (n + w) * L;
         store(to, load<V>(to) + sum[m][w]);
       }
@@ -313,7 +336,9 @@ class Votes {
 
   const VotesArgs& args;
   const int64_t P, rows, I, types, J, D, E, vectors, padded;
-  const bool direct;
+  const bool direct;        // matrices are used where they lie
+  const bool consecutive;   // rows of votes are J·E consecutive numbers …
+  const bool direct_grads;  // … and used where they lie
   int64_t d_stride;
   int64_t* offsets;
   T *matrix_copies, *inputs, *grads, *sums;
@@ -390,7 +415,8 @@ Tensor predict_votes_fwd(Tensor u, Tensor weight, int64_t positions) {
 
 std::tuple<Tensor, Tensor> predict_votes_bwd(Tensor grad_votes, Tensor u, Tensor weight, int64_t positions) {
   VotesArgs args = votes_args(u, weight, positions);
-  Tensor grad_u = torch::stable::new_empty(u, u.sizes()), grad_weight = torch::stable::new_empty(weight, weight.sizes());
+  Tensor grad_u = torch::stable::new_empty(u, u.sizes()),
+         grad_weight = torch::stable::new_empty(weight, weight.sizes());
   args.votes = view_of<4>(grad_votes);
   args.grad_u = view_of<3>(grad_u);
   args.grad_weight = view_of<4>(grad_weight);

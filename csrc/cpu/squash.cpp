@@ -158,7 +158,8 @@ void squash(const SquashArgs& args, int64_t begin, int64_t end) {
   using T = Acc<scalar_t>;
   constexpr int n = kLanes<T>;
   const int64_t E = args.s.size[1], inner = args.s.size[2];
-  const bool consecutive = args.s.stride[1] == 1 && args.out.stride[1] == 1 && (!backward || args.grad_v.stride[1] == 1);
+  const bool consecutive =
+      args.s.stride[1] == 1 && args.out.stride[1] == 1 && (!backward || args.grad_v.stride[1] == 1);
   if (inner == 1 && consecutive) {
     if constexpr (n > 4) {
       if (E <= n / 2) return rows<Vec<T, n / 2>, scalar_t, backward>(args, begin, end);
@@ -178,9 +179,8 @@ template <bool backward>
 void squash_chunks(const SquashArgs& args, int64_t begin, int64_t end) {
   const int64_t vectors = args.s.size[0] * args.s.size[2];
   const int64_t last = end * kSquashChunk < vectors ? end * kSquashChunk : vectors;
-  dispatch_floating(args.dtype, [&]<typename scalar_t>() {
-    squash<scalar_t, backward>(args, begin * kSquashChunk, last);
-  });
+  dispatch_floating(args.dtype,
+                    [&]<typename scalar_t>() { squash<scalar_t, backward>(args, begin * kSquashChunk, last); });
 }
 
 }  // namespace
@@ -217,7 +217,8 @@ View<3> view_around(Tensor& tensor, int64_t dim) {
     outer = merged_stride(tensor, 0, dim);
     inner = merged_stride(tensor, dim + 1, tensor.dim());
   }
-  View<3> view{const_cast<void*>(tensor.const_data_ptr()), {1, tensor.size(dim), 1}, {*outer, tensor.stride(dim), *inner}};
+  View<3> view{
+      const_cast<void*>(tensor.const_data_ptr()), {1, tensor.size(dim), 1}, {*outer, tensor.stride(dim), *inner}};
   for (int64_t n = 0; n < dim; ++n) view.size[0] *= tensor.size(n);
   for (int64_t n = dim + 1; n < tensor.dim(); ++n) view.size[2] *= tensor.size(n);
   return view;

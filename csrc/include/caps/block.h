@@ -80,12 +80,15 @@ struct Loops {
       for (int64_t e = 0; e < vectors(shape); ++e) {
         V sum[ways] = {};
         for (int k = 0; k < L; k += ways) {
-          CAPS_UNROLL for (int n = 0; n < ways; ++n) {
+          CAPS_UNROLL
+          for (int n = 0; n < ways; ++n) {
             sum[n] += c[j * L + k + n] * read(rows + (k + n) * block.k_stride, e, shape);
           }
         }
-        CAPS_UNROLL for (int n = ways / 2; n > 0; n /= 2) {
-          CAPS_UNROLL for (int m = 0; m < n; ++m) sum[m] += sum[m + n];
+        CAPS_UNROLL
+        for (int n = ways / 2; n > 0; n /= 2) {
+          CAPS_UNROLL
+          for (int m = 0; m < n; ++m) sum[m] += sum[m + n];
         }
         T* to = s + j * shape.padded + e * W;
         store(to, load<V>(to) + sum[0]);
@@ -101,13 +104,16 @@ struct Loops {
         const int64_t at = j * shape.padded + e * W;
         for (int k = 0; k < L; k += tile) {
           V sum[tile];
-          CAPS_UNROLL for (int m = 0; m < tile; ++m) sum[m] = load<V>(first + at);
+          CAPS_UNROLL
+          for (int m = 0; m < tile; ++m) sum[m] = load<V>(first + at);
           for (int64_t n = 0; n < count; ++n) {
             const V vector = load<V>(x + n * shape.J * shape.padded + at);
-            CAPS_UNROLL for (int m = 0; m < tile; ++m) sum[m] += c[(n * shape.J + j) * L + k + m] * vector;
+            CAPS_UNROLL
+            for (int m = 0; m < tile; ++m) sum[m] += c[(n * shape.J + j) * L + k + m] * vector;
           }
           scalar_t* to = out.rows + k * out.k_stride + j * out.j_stride;
-          CAPS_UNROLL for (int m = 0; m < tile; ++m) write(to + m * out.k_stride + e * W, sum[m], out.streamed);
+          CAPS_UNROLL
+          for (int m = 0; m < tile; ++m) write(to + m * out.k_stride + e * W, sum[m], out.streamed);
         }
       }
     }
@@ -144,6 +150,47 @@ LoopTable<scalar_t> loops_for(int64_t E) {
   if (E <= n) return loop_table<scalar_t, Vec<T>, 1>(E);
   if (E <= 2 * n) return loop_table<scalar_t, Vec<T>, 2>(E);
   return loop_table<scalar_t, Vec<T>, 0>(E);
+}
+
+// The block of `count` capsules whose first row is at `from`: where the loops can work on it as it lies, or else a copy
+// in `memory` [L, J, padded], with zeros for the capsules and numbers that are missing.
+template <typename scalar_t>
+Block<scalar_t> read_block(scalar_t* from, int64_t k_stride, int64_t j_stride, int64_t e_stride, int64_t count,
+                           const BlockShape& shape, scalar_t* memory) {
+  const auto [J, E, padded] = shape;
+  constexpr int64_t L = kLanes<Acc<scalar_t>>;
+  const bool loadable = (E == 1 || e_stride == 1) && (E == padded || kPartsLoad<scalar_t>);
+  if (loadable && count == L) return {from, k_stride, j_stride, L * k_stride};
+  for (int64_t n = 0; n < L * J * padded; ++n) memory[n] = scalar_t{};
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t j = 0; j < J; ++j) {
+      const scalar_t* row = from + k * k_stride + j * j_stride;
+      scalar_t* to = memory + (k * J + j) * padded;
+      if (e_stride == 1) {
+        for (int64_t e = 0; e < E; ++e) to[e] = row[e];
+      } else {
+        for (int64_t e = 0; e < E; ++e) to[e] = row[e * e_stride];
+      }
+    }
+  }
+  return {memory, J * padded, padded};
+}
+
+// The rows of `memory` [count, J, padded] to consecutive memory [count, J, E]. Whole vectors are written, and what is
+// too much is overwritten by the next row; the last rows are copied number by number. `memory` is read as far as a
+// vector beyond its end.
+template <typename scalar_t>
+void write_rows(const scalar_t* memory, scalar_t* to, int64_t count, const BlockShape& shape) {
+  const auto [J, E, padded] = shape;
+  constexpr int64_t n = kVectorBytes / sizeof(scalar_t);
+  const scalar_t* end = to + count * J * E;
+  for (int64_t row = 0; row < count * J; ++row, memory += padded, to += E) {
+    if (end - to < E + n) {
+      for (int64_t e = 0; e < E; ++e) to[e] = memory[e];
+    } else {
+      for (int64_t e = 0; e < E; e += n) __builtin_memcpy(to + e, memory + e, kVectorBytes);
+    }
+  }
 }
 
 }  // namespace caps::CAPS_ISA
