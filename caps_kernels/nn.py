@@ -81,7 +81,8 @@ class CapsuleLayer(nn.Module):
         """Draw the weight from N(0, std) with std = 0.55 J / √(I E √D), and set the bias to 0.
 
         At uniform coupling 1/J, |s|² is about E·std²·Σ_i|u_i|² / J². The |u_i|² of lower capsules lie between 1
-        (squashed) and D (of unit variance); with √D, the middle, |v| starts between 0.05 and 0.9 for both.
+        (squashed) and D (of unit variance); with √D, the middle, squashed ones start |v| between 0.05 and 0.9 but for
+        a handful of lower capsules or dimensions.
         """
         spread = math.sqrt(self.in_capsules * self.out_dim * math.sqrt(self.in_dim))
         nn.init.normal_(self.weight, std=0.55 * self.out_capsules / spread)
