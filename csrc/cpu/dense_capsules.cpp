@@ -15,11 +15,11 @@ namespace caps {
 
 // Behind each kernel, what its chunks are.
 CAPS_KERNEL(tiles_pack, DenseArgs)  // tiles · chunks
-CAPS_KERNEL(tiles_route, DenseArgs)  // chunks · tiles
+CAPS_KERNEL(tiles_route, DenseArgs)  // chunks · pairs of tiles
 CAPS_KERNEL(tiles_finish_iteration, DenseArgs)  // tiles
 CAPS_KERNEL(tiles_coupling, DenseArgs)  // tiles
 CAPS_KERNEL(tiles_start_backward, DenseArgs)  // tiles
-CAPS_KERNEL(tiles_route_backward, DenseArgs)  // chunks · tiles
+CAPS_KERNEL(tiles_route_backward, DenseArgs)  // chunks · pairs of tiles
 CAPS_KERNEL(tiles_finish_backward, DenseArgs)  // tiles
 CAPS_KERNEL(tiles_gradients, DenseArgs)  // tasks of types and parts
 CAPS_KERNEL(tiles_weight_parts, DenseArgs)  // types
@@ -57,12 +57,15 @@ void tiles_pack(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t memory_size = kShared * (l.tile_size + l.row);
-    for_chunks(l, memory_size, begin, end,
-               [&](const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, T* sums, T* memory) {
-                 if (args.t == 0) return route_uniformly(l.u(tile), weights, l.z, i0, i1, l.uniform(), sums);
-                 T* c = args.keep ? l.kept(0, tile, i0) : memory + kShared * l.tile_size;
-                 route<false, T>(l.u(tile), weights, l.z, i0, i1, l.V(0, tile), nullptr, sums, memory, args.keep, c, nullptr);
+    const int64_t u_step = l.I * l.D * l.lanes, c_step = args.keep ? l.I * l.row : l.row;
+    for_chunks(l, kPair * (l.tile_size + l.row), begin, end,
+               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, T* sums, T* memory) {
+                 constexpr int tiles = decltype(pair)::size;
+                 const T* u = l.u(tile);
+                 if (args.t == 0) return route_uniformly<tiles>(u, u_step, weights, l.z, i0, i1, l.uniform(), sums);
+                 T* c = args.keep ? l.kept(0, tile, i0) : memory + kPair * l.tile_size;
+                 route<false, tiles, T>(u, u_step, weights, l.z, i0, i1, l.V(0, tile), nullptr, sums, memory, args.keep,
+                                        c, nullptr, c_step);
                });
   });
 }
@@ -97,13 +100,14 @@ void tiles_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t memory_size = kShared * (l.tile_size + 2 * l.row);
-    for_chunks(l, memory_size, begin, end,
-               [&](const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, T* sums, T* memory) {
-                 T* c = args.keep ? l.c(args.t, tile, i0) : memory + kShared * l.tile_size;
-                 T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kShared * l.row;
-                 route<true, T>(l.u(tile), weights, l.z, i0, i1, l.V(args.t - 1, tile), l.g(args.t, tile),
-                                args.last_only ? nullptr : sums, memory, args.keep, c, gb);
+    const int64_t u_step = l.I * l.D * l.lanes, c_step = args.keep ? l.I * l.row : l.row;
+    for_chunks(l, kPair * (l.tile_size + 2 * l.row), begin, end,
+               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, T* sums, T* memory) {
+                 T* c = args.keep ? l.c(args.t, tile, i0) : memory + kPair * l.tile_size;
+                 T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kPair * l.row;
+                 route<true, decltype(pair)::size, T>(l.u(tile), u_step, weights, l.z, i0, i1, l.V(args.t - 1, tile),
+                                                      l.g(args.t, tile), args.last_only ? nullptr : sums, memory,
+                                                      args.keep, c, gb, c_step);
                });
   });
 }

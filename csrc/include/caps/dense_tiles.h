@@ -44,8 +44,9 @@ struct Layout {
   static constexpr DType sums_dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
 };
 
-// Runs body(weights, i0, i1, tile, sums, memory) for tasks begin … end - 1, each a chunk of lower capsules of a tile.
-// Tiles of a chunk follow each other, so that its matrices stay in cache. sums: the task's partial sums, zeroed.
+// Runs body(weights, i0, i1, tile, tiles, sums, memory) for tasks begin … end - 1, each a chunk of lower capsules of
+// kPair tiles, or of the last one alone. Tiles of a chunk follow each other, so that its matrices stay in cache. sums:
+// the task's partial sums, zeroed.
 template <typename T, typename F>
 CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t begin, int64_t end, const F& body) {
   const DenseArgs& a = l.a;
@@ -54,13 +55,14 @@ CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t beg
   T* memory = static_cast<T*>(
       scratch(Scratch::chunk, (memory_size + weights.copy_size(a.chunk)) * int64_t(sizeof(T))));
   weights.use_memory(memory + memory_size);
+  const int64_t pairs = (a.tiles + kPair - 1) / kPair;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task / a.tiles, tile = task % a.tiles;
+    const int64_t chunk = task / pairs, tile = task % pairs * kPair, tiles = min_of(a.tiles - tile, kPair);
     const int64_t i0 = chunk * a.chunk, i1 = min_of(i0 + a.chunk, l.I);
     weights.prepare(i0, i1);
     T* sums = l.partial(chunk, tile);
-    for (int64_t n = 0; n < l.tile_size; ++n) sums[n] = 0;
-    body(weights, i0, i1, tile, sums, memory);
+    for (int64_t n = 0; n < tiles * l.tile_size; ++n) sums[n] = 0;
+    for_pair(tiles, [&](auto pair) __attribute__((always_inline)) { body(pair, weights, i0, i1, tile, sums, memory); });
   }
 }
 
@@ -139,7 +141,7 @@ class Gradients {
   explicit Gradients(const Layout<T>& layout)
       : l_(layout), a_(layout.a), weights_(a_.dtype, a_.weight, a_.positions), group_(min_of(a_.tiles, kGroup)),
         first_(a_.last_only ? a_.iterations - 1 : 0), matrices_(l_.J * l_.D * l_.E) {
-    const int64_t own = a_.keep ? 0 : kShared * (l_.tile_size + 2 * (a_.iterations - 1) * group_ * l_.row);
+    const int64_t own = a_.keep ? 0 : kPair * l_.tile_size + 2 * (a_.iterations - 1) * group_ * kShared * l_.row;
     const int64_t sizes[] = {kShared * group_ * l_.D * lanes, group_ * l_.E * lanes, own,
                              (kShared * matrices_ + 15) / 16 * 16, weights_.copy_size(kShared)};
     int64_t size = 0;
@@ -210,13 +212,16 @@ class Gradients {
 
   // Room for c (which = 0) and gb (1) of iteration t where they were not kept.
   T* own(int64_t t, int64_t which, int64_t tile) const {
-    return own_ + kShared * l_.tile_size + ((2 * (t - 1) + which) * group_ + tile) * kShared * l_.row;
+    return own_ + kPair * l_.tile_size + ((2 * (t - 1) + which) * group_ + tile) * kShared * l_.row;
   }
   void compute_coefficients(int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
     for (int64_t t = first_ > 0 ? first_ : 1; t < a_.iterations; ++t) {
-      for (int64_t n = 0; n < tiles; ++n) {
-        route<true, T>(l_.u(tile0 + n), weights_, l_.z, i, i + count, l_.V(t - 1, tile0 + n), l_.g(t, tile0 + n),
-                       nullptr, own_, true, own(t, 0, n), own(t, 1, n));
+      for (int64_t n = 0; n < tiles; n += kPair) {
+        const T *V = l_.V(t - 1, tile0 + n), *g = l_.g(t, tile0 + n);
+        for_pair(min_of(tiles - n, kPair), [&](auto pair) __attribute__((always_inline)) {
+          route<true, decltype(pair)::size, T>(l_.u(tile0 + n), l_.I * l_.D * lanes, weights_, l_.z, i, i + count, V, g,
+                                               nullptr, own_, true, own(t, 0, n), own(t, 1, n), kShared * l_.row);
+        });
       }
     }
   }

@@ -21,7 +21,7 @@ CAPS_INLINE Vec<T> load_row(const T* row, int64_t at, int64_t E) {
 // û of `samples` samples for one lower capsule; u and votes of a sample are u_step and votes_step numbers after those
 // of the one before. Adds the votes to `sums` too, sums_step apart, unless it is null.
 template <int samples, typename T>
-CAPS_INLINE void predict_rows(const T* u, int64_t u_step, const T* matrices, const Sizes& z, T* votes, int64_t votes_step,
+CAPS_INLINE void predict_rows(const T* u, int64_t u_step, const T* matrices, Sizes z, T* votes, int64_t votes_step,
                               T* sums, int64_t sums_step) {
   using V = Vec<T>;
   const int64_t width = padded<T>(z.out_dim);
@@ -44,7 +44,7 @@ CAPS_INLINE void predict_rows(const T* u, int64_t u_step, const T* matrices, con
 
 // Dot products [J][kLanes] of `count` consecutive capsules' votes with x [J][padded].
 template <typename T>
-CAPS_INLINE void row_dots(const T* votes, int64_t count, const T* x, const Sizes& z, T* out) {
+CAPS_INLINE void row_dots(const T* votes, int64_t count, const T* x, Sizes z, T* out) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   const int64_t width = padded<T>(z.out_dim), size = z.out_capsules * width;
@@ -66,7 +66,7 @@ CAPS_INLINE void row_dots(const T* votes, int64_t count, const T* x, const Sizes
 
 // sums [J][padded] += Σ_k factors [J][k] votes_k over `count` consecutive capsules.
 template <typename T>
-CAPS_INLINE void add_weighted_rows(const T* votes, int64_t count, const T* factors, const Sizes& z, T* sums) {
+CAPS_INLINE void add_weighted_rows(const T* votes, int64_t count, const T* factors, Sizes z, T* sums) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   const int64_t width = padded<T>(z.out_dim), size = z.out_capsules * width;
@@ -86,7 +86,7 @@ CAPS_INLINE void add_weighted_rows(const T* votes, int64_t count, const T* facto
 
 // One iteration over `capsules` lower capsules of one sample; the same as `route` of tiles. c, gb: [blocks][J][kLanes].
 template <bool backward, typename T>
-void route_rows(const T* votes, int64_t capsules, const Sizes& z, const T* V, const T* g, T* sums, T* c, T* gb) {
+void route_rows(const T* votes, int64_t capsules, Sizes z, const T* V, const T* g, T* sums, T* c, T* gb) {
   constexpr int lanes = kLanes<T>;
   const int64_t size = z.out_capsules * padded<T>(z.out_dim), row = z.out_capsules * lanes;
   for (int64_t i = 0; i < capsules; i += lanes, c += row, gb += backward ? row : 0) {

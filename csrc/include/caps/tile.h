@@ -153,7 +153,7 @@ class Weights {
 
   // The matrices [J][D][E] of lower capsule i.
   CAPS_INLINE const T* operator()(int64_t i) const {
-    const int64_t t = i / positions_;
+    const int64_t t = positions_ == 1 ? i : i / positions_;
     return in_place_ ? static_cast<const T*>(weight_.data) + t * weight_.stride[0] : copies_ + (t - from_) * block_;
   }
 

@@ -12,8 +12,9 @@ struct Sizes {
   bool leaky;
 };
 
-constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // votes of a parent held in registers at once
+constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // sums of votes held in registers at once
 constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
+constexpr int kPair = 2;                                   // tiles that share one read of W
 
 template <int n>
 struct Block {
@@ -29,97 +30,120 @@ CAPS_INLINE void for_blocks(int64_t size, const F& f, int64_t at = 0) {
   }
 }
 
-// sums[e] = Σ_d u_d W_de for n consecutive e; matrix rows are E numbers long.
-template <int n, typename T>
-CAPS_INLINE void add_votes(const T* u, const T* matrix, int64_t D, int64_t E, Vec<T>* sums) {
+// sums [tiles][n] += Σ_d u_d W_de for n consecutive e; matrix rows are E numbers long, tiles of u u_step apart.
+template <int n, int tiles, typename T>
+CAPS_INLINE void add_votes(const T* u, int64_t u_step, const T* matrix, int64_t D, int64_t E, Vec<T>* sums) {
   for (int64_t d = 0; d < D; ++d) {
-    const auto x = load<Vec<T>>(u + d * kLanes<T>);
+    Vec<T> x[tiles];
+#pragma GCC unroll 4
+    for (int k = 0; k < tiles; ++k) x[k] = load<Vec<T>>(u + k * u_step + d * kLanes<T>);
 #pragma GCC unroll 16
-    for (int e = 0; e < n; ++e) sums[e] += x * matrix[d * E + e];
+    for (int e = 0; e < n; ++e) {
+#pragma GCC unroll 4
+      for (int k = 0; k < tiles; ++k) sums[k * n + e] += x[k] * matrix[d * E + e];
+    }
   }
 }
 
-// s [J·E] += coupling · Σ_i û_i: the first iteration, in which all couplings are alike.
-template <typename T>
-void route_uniformly(const T* u, const Weights<T>& weights, const Sizes& z, int64_t first, int64_t last, T coupling, T* s) {
+// s [tiles][J·E] += coupling · Σ_i û_i: the first iteration, in which all couplings are alike. A few lower capsules at
+// a time, so that W is read in the order in which it lies in memory.
+template <int tiles, typename T>
+void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last,
+                     T coupling, T* s) {
   constexpr int lanes = kLanes<T>;
-  for (int64_t j = 0; j < z.out_capsules; ++j) {
-    for_blocks<kVotes>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
-      constexpr int n = decltype(block)::size;
-      Vec<T> sums[n] = {};
-      for (int64_t i = first; i < last; ++i) {
-        const T* matrix = weights(i) + j * z.in_dim * z.out_dim + e0;
-        add_votes<n, T>(u + i * z.in_dim * lanes, matrix, z.in_dim, z.out_dim, sums);
-      }
-      T* out = s + (j * z.out_dim + e0) * lanes;
-      for (int e = 0; e < n; ++e) store(out + e * lanes, load<Vec<T>>(out + e * lanes) + coupling * sums[e]);
-    });
-  }
-}
-
-// û_i [J·E] of one lower capsule, its dot products [J] with V and, in backward, with g.
-template <bool backward, typename T>
-CAPS_INLINE void votes_and_dots(const T* u, const T* matrices, const Sizes& z, const T* V, const T* g, T* votes,
-                                T* with_V, T* with_g) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t j = 0; j < z.out_capsules; ++j) {
-    Vec<T> dots[4] = {};
-    for_blocks<kVotes>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
-      constexpr int n = decltype(block)::size;
-      Vec<T> sums[n] = {};
-      add_votes<n, T>(u, matrices + j * z.in_dim * z.out_dim + e0, z.in_dim, z.out_dim, sums);
-      const int64_t at = (j * z.out_dim + e0) * lanes;
+  const int64_t size = z.out_capsules * z.out_dim * lanes;
+  for (int64_t i = first; i < last; i += kShared) {
+    const int64_t end = min_of(i + kShared, last);
+    for (int64_t j = 0; j < z.out_capsules; ++j) {
+      for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+        constexpr int n = decltype(block)::size;
+        Vec<T> sums[tiles * n] = {};
+        for (int64_t k = i; k < end; ++k) {
+          const T* matrix = weights(k) + j * z.in_dim * z.out_dim + e0;
+          add_votes<n, tiles>(u + k * z.in_dim * lanes, u_step, matrix, z.in_dim, z.out_dim, sums);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < tiles; ++k) {
+          T* out = s + k * size + (j * z.out_dim + e0) * lanes;
 #pragma GCC unroll 16
-      for (int e = 0; e < n; ++e) {
-        store(votes + at + e * lanes, sums[e]);
-        dots[e & 1] += sums[e] * load<Vec<T>>(V + at + e * lanes);
-        if constexpr (backward) dots[2 + (e & 1)] += sums[e] * load<Vec<T>>(g + at + e * lanes);
-      }
-    });
-    store(with_V + j * lanes, dots[0] + dots[1]);
-    if constexpr (backward) store(with_g + j * lanes, dots[2] + dots[3]);
+          for (int e = 0; e < n; ++e) store(out + e * lanes, load<Vec<T>>(out + e * lanes) + coupling * sums[k * n + e]);
+        }
+      });
+    }
   }
 }
 
-// sums [J·E] += Σ_k factor_k [J] · votes_k [J·E] over n lower capsules.
-template <int n, typename T>
-CAPS_INLINE void add_weighted(const T* votes, const T* factors, const Sizes& z, T* sums) {
+// û_i [tiles][J·E] of one lower capsule, its dot products [tiles][J] with V and, in backward, with g.
+template <bool backward, int tiles, typename T>
+CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const T* matrices, Sizes z, const T* V, const T* g,
+                                T* votes, T* with_V, T* with_g, int64_t dots_step) {
   constexpr int lanes = kLanes<T>;
   const int64_t size = z.out_capsules * z.out_dim * lanes;
   for (int64_t j = 0; j < z.out_capsules; ++j) {
-    Vec<T> factor[n];
-    for (int k = 0; k < n; ++k) factor[k] = load<Vec<T>>(factors + (k * z.out_capsules + j) * lanes);
-    for (int64_t at = j * z.out_dim * lanes; at < (j + 1) * z.out_dim * lanes; at += lanes) {
-      Vec<T> sum = load<Vec<T>>(sums + at);
+    Vec<T> dots[tiles][4] = {};
+    for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+      constexpr int n = decltype(block)::size;
+      Vec<T> sums[tiles * n] = {};
+      add_votes<n, tiles>(u, u_step, matrices + j * z.in_dim * z.out_dim + e0, z.in_dim, z.out_dim, sums);
 #pragma GCC unroll 4
-      for (int k = 0; k < n; ++k) sum += factor[k] * load<Vec<T>>(votes + k * size + at);
-      store(sums + at, sum);
+      for (int k = 0; k < tiles; ++k) {
+        const int64_t at = k * size + (j * z.out_dim + e0) * lanes;
+#pragma GCC unroll 16
+        for (int e = 0; e < n; ++e) {
+          store(votes + at + e * lanes, sums[k * n + e]);
+          dots[k][e & 1] += sums[k * n + e] * load<Vec<T>>(V + at + e * lanes);
+          if constexpr (backward) dots[k][2 + (e & 1)] += sums[k * n + e] * load<Vec<T>>(g + at + e * lanes);
+        }
+      }
+    });
+#pragma GCC unroll 4
+    for (int k = 0; k < tiles; ++k) {
+      store(with_V + k * dots_step + j * lanes, dots[k][0] + dots[k][1]);
+      if constexpr (backward) store(with_g + k * dots_step + j * lanes, dots[k][2] + dots[k][3]);
     }
   }
 }
 
-// One iteration over lower capsules first … last - 1:  c_i = softmax(û_i · V), and
+// sums [J·E] += factor [J] · votes [J·E]
+template <typename T>
+CAPS_INLINE void add_weighted(const T* votes, const T* factors, Sizes z, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t j = 0; j < z.out_capsules; ++j) {
+    const auto factor = load<Vec<T>>(factors + j * lanes);
+    for (int64_t at = j * z.out_dim * lanes; at < (j + 1) * z.out_dim * lanes; at += lanes) {
+      store(sums + at, load<Vec<T>>(sums + at) + factor * load<Vec<T>>(votes + at));
+    }
+  }
+}
+
+// One iteration over lower capsules first … last - 1 of neighbouring tiles:  c_i = softmax(û_i · V), and
 //   forward:  sums += Σ_i c_i û_i                            (s)
 //   backward: gb_i = c_i (gc_i - Σ_j c_i gc_i), gc_i = g · û_i, and sums += Σ_i gb_i û_i   (gV), unless `sums` is null
-// c, gb: [last - first][J], or [kShared][J] that each group of capsules writes over where not `keep`.
-// votes: room for [kShared][J·E].
-template <bool backward, typename T>
-void route(const T* u, const Weights<T>& weights, const Sizes& z, int64_t first, int64_t last, const T* V, const T* g,
-           T* sums, T* votes, bool keep, T* c, T* gb) {
+// V, g, sums: [tiles][J·E]. c, gb: [last - first][J] of each tile c_step apart, or where not `keep` [J], that each lower
+// capsule writes over. votes: room for [tiles][J·E].
+template <bool backward, int tiles, typename T>
+void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last, const T* V,
+           const T* g, T* sums, T* votes, bool keep, T* c, T* gb, int64_t c_step) {
   constexpr int lanes = kLanes<T>;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim;
-  const auto group = [&](auto block, int64_t i) __attribute__((always_inline)) {
-    constexpr int n = decltype(block)::size;
-    const int64_t at = keep ? (i - first) * row : 0;
-    for (int k = 0; k < n; ++k) {
-      T *ck = c + at + k * row, *gk = backward ? gb + at + k * row : nullptr;
-      votes_and_dots<backward, T>(u + (i + k) * z.in_dim * lanes, weights(i + k), z, V, g, votes + k * size, ck, gk);
+  for (int64_t i = first; i < last; ++i) {
+    votes_and_dots<backward, tiles>(u + i * z.in_dim * lanes, u_step, weights(i), z, V, g, votes, c, gb, c_step);
+#pragma GCC unroll 4
+    for (int k = 0; k < tiles; ++k) {
+      T *ck = c + k * c_step, *gk = backward ? gb + k * c_step : nullptr;
       softmax(ck, z.out_capsules, z.leaky);
       if constexpr (backward) softmax_backward(ck, gk, z.out_capsules);
+      if (sums) add_weighted(votes + k * size, backward ? gk : ck, z, sums + k * size);
     }
-    if (sums) add_weighted<n, T>(votes, (backward ? gb : c) + at, z, sums);
-  };
-  for_blocks<kShared>(last, group, first);
+    if (keep) c += row, gb += backward ? row : 0;
+  }
+}
+
+// Runs f(Block<n>()) for n = `tiles` neighbouring tiles, at most kPair.
+template <typename F>
+CAPS_INLINE void for_pair(int64_t tiles, const F& f) {
+  if (tiles == kPair) f(Block<kPair>());
+  else f(Block<1>());
 }
 
 // grad_u [D] += Σ_e W_de gû_e for one parent.
