@@ -140,9 +140,9 @@ class Gradients {
  public:
   explicit Gradients(const Layout<T>& layout)
       : l_(layout), a_(layout.a), weights_(a_.dtype, a_.weight, a_.positions), group_(min_of(a_.tiles, kGroup)),
-        first_(a_.last_only ? a_.iterations - 1 : 0), matrices_(l_.J * l_.D * l_.E) {
+        first_(a_.last_only ? a_.iterations - 1 : 0), matrices_(l_.J * l_.D * l_.E), uniform_(l_.uniform()) {
     const int64_t own = a_.keep ? 0 : kPair * l_.tile_size + 2 * (a_.iterations - 1) * group_ * kShared * l_.row;
-    const int64_t sizes[] = {kShared * group_ * l_.D * lanes, group_ * l_.E * lanes, own,
+    const int64_t sizes[] = {kShared * group_ * l_.D * lanes, kShared * group_ * l_.E * lanes, own,
                              (kShared * matrices_ + 15) / 16 * 16, weights_.copy_size(kShared)};
     int64_t size = 0;
     for (int64_t n : sizes) size += n;
@@ -189,24 +189,32 @@ class Gradients {
   void capsules(int64_t i, int64_t count, int64_t tile0, int64_t tiles, T* sums) {
     for (int64_t n = 0; n < count * group_ * l_.D * lanes; ++n) grad_u_[n] = 0;
     if (!a_.keep) compute_coefficients(i, count, tile0, tiles);
-    const int64_t step = l_.E * lanes, matrix = l_.D * l_.E;
+    // gû: [count][tiles][E]
+    const int64_t step = l_.E * lanes, u_step = l_.D * lanes, matrix = l_.D * l_.E;
     for (int64_t j = 0; j < l_.J; ++j) {
-      for (int64_t k = 0; k < count; ++k) {
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          T* grad_votes = grad_votes_ + tile * step;
-          votes_gradient(i, k, j, tile0, tile, grad_votes);
-          add_input_gradient(grad_votes, weights_(i + k) + j * matrix, l_.D, l_.E,
-                             grad_u_ + (k * group_ + tile) * l_.D * lanes);
+      for (int64_t tile = 0; tile < tiles; tile += kPair) {
+        const int64_t some = min_of(tiles - tile, kPair);
+        T* grad_votes = grad_votes_ + tile * step;
+        for (int64_t n = 0; n < some; ++n) {
+          for_blocks<kVotes / 4>(count, [&](auto block, int64_t k) __attribute__((always_inline)) {
+            votes_gradient<decltype(block)::size>(i, k, j, tile0, tile + n, grad_votes + (k * tiles + n) * step, tiles * step);
+          });
         }
+        for (int64_t k = 0; k < count; ++k) {
+          for_pair(some, [&](auto pair) __attribute__((always_inline)) {
+            add_input_gradient<decltype(pair)::size>(grad_votes + k * tiles * step, step, weights_(i + k) + j * matrix, l_.D,
+                                                     l_.E, grad_u_ + (tile * count + k) * u_step, count * u_step);
+          });
+        }
+      }
+      for (int64_t k = 0; k < count; ++k) {
         T* out = sums + (a_.positions == 1 ? k * matrices_ : 0) + j * matrix;
-        add_weight_gradient(l_.u(tile0) + (i + k) * l_.D * lanes, l_.I * l_.D * lanes, grad_votes_, step, tiles, l_.D,
-                            l_.E, out);
+        add_weight_gradient(l_.u(tile0) + (i + k) * u_step, l_.I * u_step, grad_votes_ + k * tiles * step, step, tiles,
+                            l_.D, l_.E, out);
       }
     }
-    for (int64_t k = 0; k < count; ++k) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        unpack(a_.dtype, a_.grad_u, tile0 + tile, i + k, 1, grad_u_ + (k * group_ + tile) * l_.D * lanes);
-      }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      unpack(a_.dtype, a_.grad_u, tile0 + tile, i, count, grad_u_ + tile * count * u_step);
     }
   }
 
@@ -226,45 +234,59 @@ class Gradients {
     }
   }
 
-  // gû [E] of lower capsule i + k and parent j, over iterations first_ … R - 1. The usual numbers of iterations keep
-  // their coefficients in registers.
-  void votes_gradient(int64_t i, int64_t k, int64_t j, int64_t tile0, int64_t n, T* out) const {
+  // gû [E] of lower capsules i + k … i + k + n - 1 and parent j, over iterations first_ … R - 1, to places out_step
+  // apart. The usual numbers of iterations keep their coefficients in registers.
+  template <int n>
+  void votes_gradient(int64_t i, int64_t k, int64_t j, int64_t tile0, int64_t tile, T* out, int64_t out_step) const {
     const int64_t routed = a_.iterations - (first_ > 0 ? first_ : 1);
-    if (first_ == 0 && routed == 2) return some_iterations<2, true, true>(1, i, k, j, tile0, n, out);
-    if (first_ == 0 && routed == 1) return some_iterations<1, true, true>(1, i, k, j, tile0, n, out);
-    if (first_ == 0) some_iterations<0, true, true>(1, i, k, j, tile0, n, out);
+    if (first_ == 0 && routed == 2) return some_iterations<n, 2, true, true>(1, i, k, j, tile0, tile, out, out_step);
+    if (first_ == 0 && routed == 1) return some_iterations<n, 1, true, true>(1, i, k, j, tile0, tile, out, out_step);
+    if (first_ == 0) some_iterations<n, 0, true, true>(1, i, k, j, tile0, tile, out, out_step);
     for (int64_t t = first_ > 0 ? first_ : 1; t < a_.iterations; ++t) {
-      if (a_.last_only) some_iterations<1, true, false>(t, i, k, j, tile0, n, out);
-      else some_iterations<1, false, true>(t, i, k, j, tile0, n, out);
+      if (a_.last_only) some_iterations<n, 1, true, false>(t, i, k, j, tile0, tile, out, out_step);
+      else some_iterations<n, 1, false, true>(t, i, k, j, tile0, tile, out, out_step);
     }
   }
 
   // Iterations t … t + count - 1. begin: also set `out`, with iteration 0 unless couplings are constants (not full).
-  template <int count, bool begin, bool full>
-  CAPS_INLINE void some_iterations(int64_t t, int64_t i, int64_t k, int64_t j, int64_t tile0, int64_t n, T* out) const {
-    const int64_t at = j * l_.E * lanes, tile = tile0 + n;
-    V c[count + 1], gb[count + 1];
+  template <int n, int count, bool begin, bool full>
+  CAPS_INLINE void some_iterations(int64_t t, int64_t i, int64_t k, int64_t j, int64_t tile0, int64_t in_group, T* out,
+                                   int64_t out_step) const {
+    const int64_t at = j * l_.E * lanes, end = l_.E * lanes, tile = tile0 + in_group, row = l_.row;
+    V c[count + 1][n], gb[count + 1][n];
     const T *g[count + 1], *Vt[count + 1];
+#pragma GCC unroll 2
     for (int m = 0; m < count; ++m) {
-      const T* c_row = (a_.keep ? l_.c(t + m, tile, i + k) : own(t + m, 0, n) + k * l_.row) + j * lanes;
-      const T* gb_row = (a_.keep ? l_.gb(t + m, tile, i + k) : own(t + m, 1, n) + k * l_.row) + j * lanes;
-      c[m] = load<V>(c_row);
-      gb[m] = load<V>(gb_row);
-      // Those of the next group of capsules: too many streams for the processor to see them coming.
-      __builtin_prefetch(c_row + kShared * l_.row);
-      __builtin_prefetch(gb_row + kShared * l_.row);
+      const T* c_row = (a_.keep ? l_.c(t + m, tile, i + k) : own(t + m, 0, in_group) + k * row) + j * lanes;
+      const T* gb_row = (a_.keep ? l_.gb(t + m, tile, i + k) : own(t + m, 1, in_group) + k * row) + j * lanes;
+#pragma GCC unroll 4
+      for (int q = 0; q < n; ++q) {
+        c[m][q] = load<V>(c_row + q * row);
+        gb[m][q] = load<V>(gb_row + q * row);
+        // Those of the next group of capsules: too many streams for the processor to see them coming.
+        __builtin_prefetch(c_row + (kShared + q) * row);
+        __builtin_prefetch(gb_row + (kShared + q) * row);
+      }
       g[m] = l_.g(t + m, tile) + at;
       Vt[m] = l_.V(t + m - 1, tile) + at;
     }
-    const T *g0 = l_.g(0, tile) + at, c0 = l_.uniform();
-    for (int64_t e = 0; e < l_.E * lanes; e += lanes) {
-      V sum = begin ? (full ? c0 * load<V>(g0 + e) : V{}) : load<V>(out + e);
+    const T *g0 = l_.g(0, tile) + at, c0 = uniform_;
+    for (int64_t e = 0; e < end; e += lanes) {
+      const V first = begin && full ? c0 * load<V>(g0 + e) : V{};
+      V sums[n];
 #pragma GCC unroll 4
+      for (int q = 0; q < n; ++q) sums[q] = begin ? first : load<V>(out + q * out_step + e);
+#pragma GCC unroll 2
       for (int m = 0; m < count; ++m) {
-        sum += c[m] * load<V>(g[m] + e);
-        if constexpr (full) sum += gb[m] * load<V>(Vt[m] + e);
+        const V gm = load<V>(g[m] + e), Vm = full ? load<V>(Vt[m] + e) : V{};
+#pragma GCC unroll 4
+        for (int q = 0; q < n; ++q) {
+          sums[q] += c[m][q] * gm;
+          if constexpr (full) sums[q] += gb[m][q] * Vm;
+        }
       }
-      store(out + e, sum);
+#pragma GCC unroll 4
+      for (int q = 0; q < n; ++q) store(out + q * out_step + e, sums[q]);
     }
   }
 
@@ -272,6 +294,7 @@ class Gradients {
   const DenseArgs& a_;
   Weights<T> weights_;
   int64_t group_, first_, matrices_;
+  T uniform_;
   T *grad_u_, *grad_votes_, *own_, *grad_weight_;
 };
 

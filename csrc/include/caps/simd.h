@@ -381,6 +381,30 @@ CAPS_INLINE V sums_of_rows(const Row& row, int64_t first = 0) {
   }
 }
 
+// ---- Transposition
+
+// Exchanges the lanes of a with bit h set for those of b with it clear.
+template <int h, typename V, int... e>
+CAPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, e...>) {
+  constexpr int n = sizeof...(e);
+  const V low = __builtin_shufflevector(a, b, (e & h ? n + (e ^ h) : e)...);
+  b = __builtin_shufflevector(a, b, (e & h ? n + e : e ^ h)...);
+  a = low;
+}
+
+// Lane k of rows[i] becomes lane i of rows[k], for as many rows as a vector has lanes.
+template <int h = 1, typename V>
+CAPS_INLINE void transpose(V* rows) {
+  constexpr int n = kLanesOf<V>;
+  if constexpr (h < n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (!(i & h)) exchange<h>(rows[i], rows[i | h], std::make_integer_sequence<int, n>());
+    }
+    transpose<2 * h>(rows);
+  }
+}
+
 // Runs f<scalar_t>() for the storage type of a dtype.
 template <typename F>
 CAPS_INLINE void dispatch_floating(DType dtype, const F& f) {

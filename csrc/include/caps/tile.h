@@ -27,27 +27,34 @@ CAPS_INLINE void widen_row(const scalar_t* from, int64_t stride, int64_t count, 
   }
 }
 
-// Samples are taken one after the other, a few rows of the tile at a time: neighbouring samples often lie a multiple of
-// 4 KiB apart, where reading all of them for each number would push each other out of the cache.
-constexpr int64_t kRowsAtOnce = 64;
+// Whether the numbers of a sample lie one after the other, and those of neighbouring samples far enough to be sure.
+template <int rank>
+CAPS_INLINE bool rows_are_consecutive(const View<rank>& x) {
+  return x.stride[2] == 1 && (x.stride[1] == x.size[2] || x.size[1] == 1);
+}
 
 // The samples of one tile of a tensor [B, n0, n1] as [n0 · n1][kLanes]; lanes beyond the batch are 0.
 template <typename T>
 void pack(DType dtype, const View<3>& x, int64_t tile, int64_t first, int64_t n0, T* to) {
+  using V = Vec<T>;
   constexpr int n = kLanes<T>;
-  const int64_t count = min_of(x.size[0] - tile * n, n), n1 = x.size[2], rows = n0 * n1;
+  const int64_t count = min_of(x.size[0] - tile * n, n), n1 = x.size[2], rows = n0 * n1, step = x.stride[0];
+  const int64_t whole = rows_are_consecutive(x) ? rows / n * n : 0;
   dispatch_floating(dtype, [&]<typename scalar_t>() {
     if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
-      const auto* base = static_cast<const scalar_t*>(x.data) + tile * n * x.stride[0] + first * x.stride[1];
-      for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
-        const int64_t end = min_of(begin + kRowsAtOnce, rows);
-        for (int64_t lane = 0; lane < n; ++lane) {
-          const auto* sample = base + lane * x.stride[0];
-          int64_t a = begin / n1, b = begin % n1;
-          for (int64_t row = begin; row < end; ++row) {
-            to[row * n + lane] = lane < count ? load_one(sample + a * x.stride[1] + b * x.stride[2]) : T(0);
-            if (++b == n1) b = 0, ++a;
-          }
+      const auto* base = static_cast<const scalar_t*>(x.data) + tile * n * step + first * x.stride[1];
+      for (int64_t row = 0; row < whole; row += n) {
+        V square[n];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < n; ++lane) square[lane] = lane < count ? load<V>(base + lane * step + row) : V{};
+        transpose(square);
+#pragma GCC unroll 16
+        for (int k = 0; k < n; ++k) store(to + (row + k) * n, square[k]);
+      }
+      for (int64_t lane = 0; lane < n; ++lane) {
+        for (int64_t row = whole; row < rows; ++row) {
+          const auto* from = base + lane * step + row / n1 * x.stride[1] + row % n1 * x.stride[2];
+          to[row * n + lane] = lane < count ? load_one(from) : T(0);
         }
       }
     }
@@ -57,20 +64,25 @@ void pack(DType dtype, const View<3>& x, int64_t tile, int64_t first, int64_t n0
 // The reverse of `pack`.
 template <typename T>
 void unpack(DType dtype, const View<3>& x, int64_t tile, int64_t first, int64_t n0, const T* from) {
+  using V = Vec<T>;
   constexpr int n = kLanes<T>;
-  const int64_t count = min_of(x.size[0] - tile * n, n), n1 = x.size[2], rows = n0 * n1;
+  const int64_t count = min_of(x.size[0] - tile * n, n), n1 = x.size[2], rows = n0 * n1, step = x.stride[0];
+  const int64_t whole = rows_are_consecutive(x) ? rows / n * n : 0;
   dispatch_floating(dtype, [&]<typename scalar_t>() {
     if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
-      auto* base = static_cast<scalar_t*>(x.data) + tile * n * x.stride[0] + first * x.stride[1];
-      for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
-        const int64_t end = min_of(begin + kRowsAtOnce, rows);
-        for (int64_t lane = 0; lane < count; ++lane) {
-          auto* sample = base + lane * x.stride[0];
-          int64_t a = begin / n1, b = begin % n1;
-          for (int64_t row = begin; row < end; ++row) {
-            store_one(sample + a * x.stride[1] + b * x.stride[2], from[row * n + lane]);
-            if (++b == n1) b = 0, ++a;
-          }
+      auto* base = static_cast<scalar_t*>(x.data) + tile * n * step + first * x.stride[1];
+      for (int64_t row = 0; row < whole; row += n) {
+        V square[n];
+#pragma GCC unroll 16
+        for (int k = 0; k < n; ++k) square[k] = load<V>(from + (row + k) * n);
+        transpose(square);
+        for (int lane = 0; lane < n; ++lane) {
+          if (lane < count) store(base + lane * step + row, square[lane]);
+        }
+      }
+      for (int64_t lane = 0; lane < count; ++lane) {
+        for (int64_t row = whole; row < rows; ++row) {
+          store_one(base + lane * step + row / n1 * x.stride[1] + row % n1 * x.stride[2], from[row * n + lane]);
         }
       }
     }

@@ -146,29 +146,35 @@ CAPS_INLINE void for_pair(int64_t tiles, const F& f) {
   else f(Block<1>());
 }
 
-// grad_u [D] += Σ_e W_de gû_e for one parent.
-template <typename T>
-CAPS_INLINE void add_input_gradient(const T* grad_votes, const T* matrix, int64_t D, int64_t E, T* grad_u) {
+// grad_u [tiles][D] += Σ_e W_de gû_e for one parent; tiles of gû and of grad_u lie g_step and u_step numbers apart.
+template <int tiles, typename T>
+CAPS_INLINE void add_input_gradient(const T* grad_votes, int64_t g_step, const T* matrix, int64_t D, int64_t E, T* grad_u,
+                                    int64_t u_step) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  for_blocks<8>(D, [&](auto block, int64_t d0) __attribute__((always_inline)) {
+  for_blocks<kVotes / 2>(D, [&](auto block, int64_t d0) __attribute__((always_inline)) {
     constexpr int n = decltype(block)::size;
-    V even[n], odd[n] = {};
-    for (int d = 0; d < n; ++d) even[d] = load<V>(grad_u + (d0 + d) * lanes);
-    int64_t e = 0;
-    for (; e + 2 <= E; e += 2) {
-      const V x = load<V>(grad_votes + e * lanes), y = load<V>(grad_votes + (e + 1) * lanes);
+    V sums[tiles * n];
+#pragma GCC unroll 4
+    for (int k = 0; k < tiles; ++k) {
+#pragma GCC unroll 8
+      for (int d = 0; d < n; ++d) sums[k * n + d] = load<V>(grad_u + k * u_step + (d0 + d) * lanes);
+    }
+    for (int64_t e = 0; e < E; ++e) {
+      V x[tiles];
+#pragma GCC unroll 4
+      for (int k = 0; k < tiles; ++k) x[k] = load<V>(grad_votes + k * g_step + e * lanes);
 #pragma GCC unroll 8
       for (int d = 0; d < n; ++d) {
-        even[d] += x * matrix[(d0 + d) * E + e];
-        odd[d] += y * matrix[(d0 + d) * E + e + 1];
+#pragma GCC unroll 4
+        for (int k = 0; k < tiles; ++k) sums[k * n + d] += x[k] * matrix[(d0 + d) * E + e];
       }
     }
-    if (e < E) {
-      const V x = load<V>(grad_votes + e * lanes);
-      for (int d = 0; d < n; ++d) even[d] += x * matrix[(d0 + d) * E + e];
+#pragma GCC unroll 4
+    for (int k = 0; k < tiles; ++k) {
+#pragma GCC unroll 8
+      for (int d = 0; d < n; ++d) store(grad_u + k * u_step + (d0 + d) * lanes, sums[k * n + d]);
     }
-    for (int d = 0; d < n; ++d) store(grad_u + (d0 + d) * lanes, even[d] + odd[d]);
   });
 }
 
@@ -202,28 +208,30 @@ template <typename T>
 CAPS_INLINE void add_weight_gradient(const T* u, int64_t u_step, const T* grad_votes, int64_t g_step, int64_t tiles,
                                      int64_t D, int64_t E, T* grad_weight) {
   using V = Vec<T>;
-  constexpr int lanes = kLanes<T>, side = lanes >= 16 ? 4 : 2;
-  for_blocks<side>(D, [&](auto rows, int64_t d0) __attribute__((always_inline)) {
-    for_blocks<4>(E, [&](auto columns, int64_t e0) __attribute__((always_inline)) {
-      constexpr int nd = decltype(rows)::size, ne = decltype(columns)::size;
-      constexpr int vectors = (nd * ne + lanes - 1) / lanes;
-      V sums[vectors * lanes] = {};
+  constexpr int lanes = kLanes<T>;
+  // As many sums as a vector has lanes: of ne columns in nd rows.
+  for_blocks<lanes>(E, [&](auto columns, int64_t e0) __attribute__((always_inline)) {
+    constexpr int ne = decltype(columns)::size, nd = lanes / ne;
+    for (int64_t d0 = 0; d0 < D; d0 += nd) {
+      V sums[lanes] = {};
+      const int64_t rows = nd == 1 ? 1 : min_of(D - d0, nd);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const T *x = u + tile * u_step + d0 * lanes, *y = grad_votes + tile * g_step + e0 * lanes;
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int d = 0; d < nd; ++d) {
-          const V ud = load<V>(x + d * lanes);
-#pragma GCC unroll 4
+          const V ud = d < rows ? load<V>(x + d * lanes) : V{};
+#pragma GCC unroll 16
           for (int e = 0; e < ne; ++e) sums[d * ne + e] += ud * load<V>(y + e * lanes);
         }
       }
-      for (int v = 0; v < vectors; ++v) {
-        const V total = lane_sums(sums + v * lanes);
-        for (int k = v * lanes; k < nd * ne && k < (v + 1) * lanes; ++k) {
-          grad_weight[(d0 + k / ne) * E + e0 + k % ne] += total[k - v * lanes];
-        }
+      const V total = lane_sums(sums);
+      T* out = grad_weight + d0 * E + e0;
+      if constexpr (nd == 1) {
+        store(out, load<V>(out) + total);
+      } else {
+        for (int k = 0; k < rows * ne; ++k) out[k / ne * E + k % ne] += total[k];
       }
-    });
+    }
   });
 }
 
