@@ -383,7 +383,7 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   a.s = view_of<4>(s);
   if (return_coupling) a.coupling = view_of<3>(coupling);
   const Plan p = plan(a);
-  const int64_t all = a.tiles * p.tile;
+  const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair);
   with_scratch([&](Shelf& shelf) {
     a.u_tiles = shelf.take(packed_bytes(a, p));
     a.votes = p.rows ? shelf.take(I * all) : nullptr;
@@ -399,7 +399,8 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   for (a.t = 0; a.t < iterations; ++a.t) {
     a.keep = return_coupling && a.t == iterations - 1;
     if (p.rows && a.t == 0) launch(rows_predict, a, a.chunks, predict * B);
-    else launch(p.rows ? rows_route : tiles_route, a, a.chunks * a.tiles, p.rows ? route : predict + a.chunk * J * E);
+    else if (p.rows) launch(rows_route, a, a.chunks * B, route);
+    else launch(tiles_route, a, a.chunks * pairs, 2 * (predict + a.chunk * J * E));
     launch(p.rows ? rows_finish_iteration : tiles_finish_iteration, a, a.tiles, J * E * (a.chunks + 16));
   }
   if (return_coupling) launch(p.rows ? rows_coupling : tiles_coupling, a, a.tiles, I * J * 8);
@@ -425,7 +426,7 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   a.grad_weight = view_of<4>(grad_weight);
   if (bias) a.grad_bias = view_of<2>(grad_bias);
   const Plan p = plan(a);
-  const int64_t all = a.tiles * p.tile, coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);
+  const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair), coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);
   a.keep = p.rows || coefficients <= kCoefficientBudget;
   with_scratch([&](Shelf& shelf) {
     a.u_tiles = shelf.take(packed_bytes(a, p));
@@ -445,7 +446,8 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   for (a.t = iterations - 1; a.t >= 1; --a.t) {
     // Couplings that are constants have no gradient: only those of the last iteration are needed, if they are kept.
     if (last_only && (!a.keep || a.t < iterations - 1)) break;
-    launch(p.rows ? rows_route_backward : tiles_route_backward, a, a.chunks * a.tiles, p.rows ? 2 * route : predict + a.chunk * J * E);
+    if (p.rows) launch(rows_route_backward, a, a.chunks * B, 2 * route);
+    else launch(tiles_route_backward, a, a.chunks * pairs, 2 * (predict + a.chunk * J * E));
     if (!last_only) launch(p.rows ? rows_finish_backward : tiles_finish_backward, a, a.tiles, J * E * (a.chunks + 16));
   }
   if (p.rows) {

@@ -7,6 +7,7 @@ namespace caps {
 
 constexpr int64_t kCoefficientBudget = int64_t{64} << 20;  // bytes of coefficients kept between passes over tiles
 constexpr int64_t kVotesBudget = int64_t{32} << 20;        // bytes of û kept in the regime of rows
+constexpr int kPair = 2;                                   // neighbouring tiles that share one read of W
 constexpr int64_t kGroup = 8;                              // tiles whose gû stay in cache together
 
 struct DenseArgs {

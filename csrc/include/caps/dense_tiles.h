@@ -44,7 +44,14 @@ struct Layout {
   static constexpr DType sums_dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
 };
 
-// Runs body(weights, i0, i1, tile, tiles, sums, memory) for tasks begin … end - 1, each a chunk of lower capsules of
+// Runs f(Block<n>()) for n = `tiles` neighbouring tiles, at most kPair.
+template <typename F>
+CAPS_INLINE void for_pair(int64_t tiles, const F& f) {
+  if (tiles == kPair) f(Block<kPair>());
+  else f(Block<1>());
+}
+
+// Runs body(pair, weights, i0, i1, tile, sums, memory) for tasks begin … end - 1, each a chunk of lower capsules of
 // kPair tiles, or of the last one alone. Tiles of a chunk follow each other, so that its matrices stay in cache. sums:
 // the task's partial sums, zeroed.
 template <typename T, typename F>
@@ -264,8 +271,8 @@ class Gradients {
         c[m][q] = load<V>(c_row + q * row);
         gb[m][q] = load<V>(gb_row + q * row);
         // Those of the next group of capsules: too many streams for the processor to see them coming.
-        __builtin_prefetch(c_row + (kShared + q) * row);
-        __builtin_prefetch(gb_row + (kShared + q) * row);
+        __builtin_prefetch(c_row + (kShared + q) * row, 0, 2);
+        __builtin_prefetch(gb_row + (kShared + q) * row, 0, 2);
       }
       g[m] = l_.g(t + m, tile) + at;
       Vt[m] = l_.V(t + m - 1, tile) + at;

@@ -14,7 +14,6 @@ struct Sizes {
 
 constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // sums of votes held in registers at once
 constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
-constexpr int kPair = 2;                                   // tiles that share one read of W
 
 template <int n>
 struct Block {
@@ -137,13 +136,6 @@ void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64
     }
     if (keep) c += row, gb += backward ? row : 0;
   }
-}
-
-// Runs f(Block<n>()) for n = `tiles` neighbouring tiles, at most kPair.
-template <typename F>
-CAPS_INLINE void for_pair(int64_t tiles, const F& f) {
-  if (tiles == kPair) f(Block<kPair>());
-  else f(Block<1>());
 }
 
 // grad_u [tiles][D] += Σ_e W_de gû_e for one parent; tiles of gû and of grad_u lie g_step and u_step numbers apart.
