@@ -124,6 +124,7 @@ void tiles_gradients(const DenseArgs& args, int64_t begin, int64_t end) {
     const Layout<T> l(args);
     Gradients<T> gradients(l);
     for (int64_t task = begin; task < end; ++task) gradients.run(task);
+    finish_streaming();
   });
 }
 
@@ -424,6 +425,7 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   a.s = view_of<4>(s);
   a.grad_u = view_of<3>(grad_u);
   a.grad_weight = view_of<4>(grad_weight);
+  a.stream = worth_streaming(grad_weight) && E * int64_t(grad_weight.element_size()) % 64 == 0;
   if (bias) a.grad_bias = view_of<2>(grad_bias);
   const Plan p = plan(a);
   const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair), coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);

@@ -17,6 +17,7 @@ struct DenseArgs {
   View<2> bias, grad_bias;  // data is null where there is none, as for coupling
   int64_t positions, iterations;
   bool leaky, last_only;  // last_only: routing_grad="last"
+  bool stream;            // grad_weight is so large that it is better written past the caches
 
   int64_t tiles;                 // of samples; in the regime of rows each sample is one
   int64_t chunk, chunks;         // lower capsules are cut into `chunks` of `chunk`

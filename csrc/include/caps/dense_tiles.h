@@ -167,16 +167,21 @@ class Gradients {
     const int64_t t0 = P == 1 ? task * kShared : task / a_.parts;
     const int64_t types = P == 1 ? min_of(a_.types - t0, kShared) : 1;
     const int64_t i0 = t0 * P + part * a_.part, i1 = P == 1 ? i0 + types : t0 * P + min_of((part + 1) * a_.part, P);
-    T* sums = a_.weight_parts ? static_cast<T*>(a_.weight_parts) + task * matrices_ : grad_weight_;
-    for (int64_t n = 0; n < types * matrices_; ++n) sums[n] = 0;
+    // Sums are taken in the result itself where it is of their type.
+    const bool direct = !a_.weight_parts && a_.dtype == Layout<T>::sums_dtype;
+    T* sums = direct ? static_cast<T*>(a_.grad_weight.data) + t0 * matrices_
+              : a_.weight_parts ? static_cast<T*>(a_.weight_parts) + task * matrices_
+                                : grad_weight_;
     for (int64_t i = i0; i < i1; i += kShared) {
       const int64_t count = min_of(i1 - i, kShared);
       weights_.prepare(i, i + count);
-      for (int64_t tile = 0; tile < a_.tiles; tile += group_) capsules(i, count, tile, min_of(a_.tiles - tile, group_), sums);
+      for (int64_t tile = 0; tile < a_.tiles; tile += group_) {
+        const bool once = P == 1 && a_.tiles <= kPair && direct && a_.stream;
+        const Write how = tile > 0 || (P > 1 && i > i0) ? Write::add : once ? Write::stream : Write::set;
+        capsules(i, count, tile, min_of(a_.tiles - tile, group_), sums, how);
+      }
     }
-    if (!a_.weight_parts) {
-      for (int64_t t = 0; t < types; ++t) write_weight(l_, t0 + t, grad_weight_ + t * matrices_);
-    }
+    for (int64_t t = 0; !direct && !a_.weight_parts && t < types; ++t) write_weight(l_, t0 + t, grad_weight_ + t * matrices_);
   }
 
   static void write_weight(const Layout<T>& l, int64_t type, const T* sums) {
@@ -193,12 +198,13 @@ class Gradients {
   }
 
  private:
-  void capsules(int64_t i, int64_t count, int64_t tile0, int64_t tiles, T* sums) {
+  void capsules(int64_t i, int64_t count, int64_t tile0, int64_t tiles, T* sums, Write how) {
     for (int64_t n = 0; n < count * group_ * l_.D * lanes; ++n) grad_u_[n] = 0;
     if (!a_.keep) compute_coefficients(i, count, tile0, tiles);
     // gû: [count][tiles][E]
     const int64_t step = l_.E * lanes, u_step = l_.D * lanes, matrix = l_.D * l_.E;
     for (int64_t j = 0; j < l_.J; ++j) {
+      for (int64_t k = 0; k < count; ++k) prefetch(weights_.ahead(i + k + kShared), j * matrix, matrix);
       for (int64_t tile = 0; tile < tiles; tile += kPair) {
         const int64_t some = min_of(tiles - tile, kPair);
         T* grad_votes = grad_votes_ + tile * step;
@@ -215,9 +221,12 @@ class Gradients {
         }
       }
       for (int64_t k = 0; k < count; ++k) {
-        T* out = sums + (a_.positions == 1 ? k * matrices_ : 0) + j * matrix;
-        add_weight_gradient(l_.u(tile0) + (i + k) * u_step, l_.I * u_step, grad_votes_ + k * tiles * step, step, tiles,
-                            l_.D, l_.E, out);
+        // Positions of one type add to the same matrices.
+        const bool shared = a_.positions > 1;
+        T* out = sums + (shared ? 0 : k * matrices_) + j * matrix;
+        const auto weight_gradient = tiles <= kPair ? weight_gradient_of_few<T> : weight_gradient_of_many<T>;
+        weight_gradient(l_.u(tile0) + (i + k) * u_step, l_.I * u_step, grad_votes_ + k * tiles * step, step, tiles, l_.D,
+                        l_.E, out, shared && k > 0 ? Write::add : how);
       }
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {

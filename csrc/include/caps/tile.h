@@ -89,6 +89,13 @@ void unpack(DType dtype, const View<3>& x, int64_t tile, int64_t first, int64_t 
   });
 }
 
+// Asks for `count` numbers that will soon be read, unless there are none: where W is larger than the caches, what the
+// processor foresees by itself ends at every page.
+template <typename T>
+CAPS_INLINE void prefetch(const T* from, int64_t offset, int64_t count) {
+  for (int64_t n = 0; from && n < count; n += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + offset + n);
+}
+
 // v [E][kLanes] from s [E][kLanes].
 template <typename T>
 void squash_lanes(const T* s, int64_t E, T* v) {
@@ -161,6 +168,11 @@ class Weights {
         }
       }
     });
+  }
+
+  // Those of lower capsule i where they lie, or null: for prefetching.
+  CAPS_INLINE const T* ahead(int64_t i) const {
+    return in_place_ && i < weight_.size[0] * positions_ ? (*this)(i) : nullptr;
   }
 
   // The matrices [J][D][E] of lower capsule i.

@@ -50,16 +50,16 @@ template <int tiles, typename T>
 void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last,
                      T coupling, T* s) {
   constexpr int lanes = kLanes<T>;
-  const int64_t size = z.out_capsules * z.out_dim * lanes;
+  const int64_t size = z.out_capsules * z.out_dim * lanes, matrix = z.in_dim * z.out_dim;
   for (int64_t i = first; i < last; i += kShared) {
     const int64_t end = min_of(i + kShared, last);
     for (int64_t j = 0; j < z.out_capsules; ++j) {
+      for (int64_t k = end; k < end + kShared; ++k) prefetch(weights.ahead(k), j * matrix, matrix);
       for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
         constexpr int n = decltype(block)::size;
         Vec<T> sums[tiles * n] = {};
         for (int64_t k = i; k < end; ++k) {
-          const T* matrix = weights(k) + j * z.in_dim * z.out_dim + e0;
-          add_votes<n, tiles>(u + k * z.in_dim * lanes, u_step, matrix, z.in_dim, z.out_dim, sums);
+          add_votes<n, tiles>(u + k * z.in_dim * lanes, u_step, weights(k) + j * matrix + e0, z.in_dim, z.out_dim, sums);
         }
 #pragma GCC unroll 4
         for (int k = 0; k < tiles; ++k) {
@@ -72,18 +72,20 @@ void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Size
   }
 }
 
-// û_i [tiles][J·E] of one lower capsule, its dot products [tiles][J] with V and, in backward, with g.
+// û_i [tiles][J·E] of one lower capsule, its dot products [tiles][J] with V and, in backward, with g. next: the matrices
+// of the one after it, or null.
 template <bool backward, int tiles, typename T>
-CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const T* matrices, Sizes z, const T* V, const T* g,
-                                T* votes, T* with_V, T* with_g, int64_t dots_step) {
+CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const T* matrices, const T* next, Sizes z, const T* V,
+                                const T* g, T* votes, T* with_V, T* with_g, int64_t dots_step) {
   constexpr int lanes = kLanes<T>;
-  const int64_t size = z.out_capsules * z.out_dim * lanes;
+  const int64_t size = z.out_capsules * z.out_dim * lanes, matrix = z.in_dim * z.out_dim;
   for (int64_t j = 0; j < z.out_capsules; ++j) {
+    prefetch(next, j * matrix, matrix);
     Vec<T> dots[tiles][4] = {};
     for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
       constexpr int n = decltype(block)::size;
       Vec<T> sums[tiles * n] = {};
-      add_votes<n, tiles>(u, u_step, matrices + j * z.in_dim * z.out_dim + e0, z.in_dim, z.out_dim, sums);
+      add_votes<n, tiles>(u, u_step, matrices + j * matrix + e0, z.in_dim, z.out_dim, sums);
 #pragma GCC unroll 4
       for (int k = 0; k < tiles; ++k) {
         const int64_t at = k * size + (j * z.out_dim + e0) * lanes;
@@ -126,7 +128,8 @@ void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64
   constexpr int lanes = kLanes<T>;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim;
   for (int64_t i = first; i < last; ++i) {
-    votes_and_dots<backward, tiles>(u + i * z.in_dim * lanes, u_step, weights(i), z, V, g, votes, c, gb, c_step);
+    votes_and_dots<backward, tiles>(u + i * z.in_dim * lanes, u_step, weights(i), weights.ahead(i + 1),
+                                    z, V, g, votes, c, gb, c_step);
 #pragma GCC unroll 4
     for (int k = 0; k < tiles; ++k) {
       T *ck = c + k * c_step, *gk = backward ? gb + k * c_step : nullptr;
@@ -195,15 +198,33 @@ CAPS_INLINE V lane_sums(const V* vectors) {
   }
 }
 
-// grad_W [D][E] += Σ over tiles and lanes of u_d gû_e for one parent; tiles are u_step and g_step numbers apart.
+// How grad_W is written: as it is, to what is there already, or past the caches (see `stream`).
+enum class Write { set, add, stream };
+
+// `count` numbers, at most a vector of them.
+template <typename V>
+CAPS_INLINE void write(Element<V>* to, V value, int64_t count, Write how) {
+  if (count < kLanesOf<V>) {
+    store_some(to, how == Write::add ? load_some<V>(to, count) + value : value, count);
+  } else if (how == Write::add) {
+    store(to, load<V>(to) + value);
+  } else {
+    if constexpr (kCanStream<V>) {
+      if (how == Write::stream) return stream(to, value);
+    }
+    store(to, value);
+  }
+}
+
+// grad_W [D][E] = Σ over tiles and lanes of u_d gû_e for one parent; tiles are u_step and g_step numbers apart. As many
+// products as a vector has lanes are summed over the tiles, and then over the lanes all at once.
 template <typename T>
-CAPS_INLINE void add_weight_gradient(const T* u, int64_t u_step, const T* grad_votes, int64_t g_step, int64_t tiles,
-                                     int64_t D, int64_t E, T* grad_weight) {
+void weight_gradient_of_many(const T* u, int64_t u_step, const T* grad_votes, int64_t g_step, int64_t tiles, int64_t D,
+                             int64_t E, T* grad_weight, Write how) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  // As many sums as a vector has lanes: of ne columns in nd rows.
   for_blocks<lanes>(E, [&](auto columns, int64_t e0) __attribute__((always_inline)) {
-    constexpr int ne = decltype(columns)::size, nd = lanes / ne;
+    constexpr int ne = decltype(columns)::size, nd = lanes / ne;  // ne columns of nd rows
     for (int64_t d0 = 0; d0 < D; d0 += nd) {
       V sums[lanes] = {};
       const int64_t rows = nd == 1 ? 1 : min_of(D - d0, nd);
@@ -219,12 +240,44 @@ CAPS_INLINE void add_weight_gradient(const T* u, int64_t u_step, const T* grad_v
       const V total = lane_sums(sums);
       T* out = grad_weight + d0 * E + e0;
       if constexpr (nd == 1) {
-        store(out, load<V>(out) + total);
+        write(out, total, lanes, how);
       } else {
-        for (int k = 0; k < rows * ne; ++k) out[k / ne * E + k % ne] += total[k];
+        for (int k = 0; k < rows * ne; ++k) {
+          T& number = out[k / ne * E + k % ne];
+          number = how == Write::add ? number + total[k] : total[k];
+        }
       }
     }
   });
+}
+
+// The same for a tile or two: gû is transposed, so that the lanes lie along E and nothing is summed across them.
+template <typename T>
+void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int64_t g_step, int64_t tiles, int64_t D,
+                            int64_t E, T* grad_weight, Write how) {
+  using V = Vec<T>;
+  constexpr int lanes = kLanes<T>;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t e0 = 0; e0 < E; e0 += lanes) {
+      const int64_t count = min_of(E - e0, lanes);
+      V square[lanes];
+#pragma GCC unroll 16
+      for (int e = 0; e < lanes; ++e) square[e] = e < count ? load<V>(grad_votes + tile * g_step + (e0 + e) * lanes) : V{};
+      transpose(square);
+      for_blocks<kVotes / 2>(D, [&](auto rows, int64_t d0) __attribute__((always_inline)) {
+        constexpr int n = decltype(rows)::size;
+        V sums[n] = {};
+        const T* x = u + tile * u_step + d0 * lanes;
+#pragma GCC unroll 16
+        for (int b = 0; b < lanes; ++b) {
+#pragma GCC unroll 8
+          for (int d = 0; d < n; ++d) sums[d] += square[b] * x[d * lanes + b];
+        }
+#pragma GCC unroll 8
+        for (int d = 0; d < n; ++d) write(grad_weight + (d0 + d) * E + e0, sums[d], count, tile > 0 ? Write::add : how);
+      });
+    }
+  }
 }
 
 }  // namespace caps::CAPS_ISA
