@@ -109,11 +109,20 @@ def differentiable(signature: Signature, forward: Call, backward: Call, referenc
     register_autograd(signature.name, "bwd", Backward.apply)
 
     def call(*args: Any) -> tuple[Tensor, ...]:
-        # A traced program holds the op itself, which knows its own gradient.
-        results: tuple[Tensor, ...] = forward(*args) if torch.compiler.is_compiling() else Forward.apply(*args)
+        # A traced program holds the op itself, which knows its own gradient; and where nothing asks for a gradient, an
+        # autograd Function costs more time than a small call.
+        traced = torch.compiler.is_compiling()
+        results: tuple[Tensor, ...] = (Forward.apply if not traced and _is_transformed(args) else forward)(*args)
         return results
 
     return call
+
+
+def _is_transformed(args: Sequence[Any]) -> bool:
+    """Whether autograd or a transform of torch.func takes part in a call."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 def _no_forward_mode(name: str) -> Exception:

@@ -254,13 +254,15 @@ void rows_finish_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 }
 
 void rows_gradients(const DenseArgs& args, int64_t begin, int64_t end) {
-  const auto matrices = [](const auto& l) { return (l.J * l.D * l.E + 15) / 16 * 16; };
-  const auto memory_size = [&](const auto& l) { return matrices(l) + l.B * l.D * l.lanes + 4 * l.width; };
+  const auto aligned = [](int64_t size) { return (size + 15) / 16 * 16; };
+  const auto matrices = [&](const auto& l) { return aligned(l.J * l.D * l.E); };
+  const auto memory_size = [&](const auto& l) { return matrices(l) + aligned(l.B * l.D) + 4 * l.size; };
   with_rows(args, memory_size, [&](const auto& l, auto& weights, auto* memory) {
     auto* grad_u = memory + matrices(l);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      chunk_gradients(l, weights, chunk, memory, grad_u, grad_u + l.B * l.D * l.lanes);
+      chunk_gradients(l, weights, chunk, memory, grad_u, grad_u + aligned(l.B * l.D));
     }
+    finish_streaming();
   });
 }
 

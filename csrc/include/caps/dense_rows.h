@@ -75,6 +75,7 @@ void predict_chunk(const Rows<T>& l, Weights<T>& weights, int64_t chunk, bool su
   for (int64_t n = 0; sum && n < l.B * l.size; ++n) l.partial(chunk, 0)[n] = 0;
   for (int64_t i = i0; i < i1; ++i) {
     const T* matrices = weights(i);
+    prefetch(weights.ahead(i + 2), 0, l.J * l.D * l.E);
     for_blocks<4>(l.B, [&](auto block, int64_t b) __attribute__((always_inline)) {
       constexpr int n = decltype(block)::size;
       predict_rows<n>(l.u(b, i), l.I * l.D, matrices, l.z, l.votes(b, i), l.I * l.size,
@@ -142,52 +143,58 @@ void finish_backward(const Rows<T>& l, int64_t b) {
   squash_rows_backward(l, total, l.s(t - 1, b), l.g(t - 1, b));
 }
 
-// gû [padded] of sample b, lower capsule i and parent j.
+// gû [J][padded] of sample b and lower capsule i.
 template <typename T>
-CAPS_INLINE void votes_gradient(const Rows<T>& l, int64_t b, int64_t i, int64_t j, T* out) {
+CAPS_INLINE void votes_gradient(const Rows<T>& l, int64_t b, int64_t i, T* out) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  const int64_t first = l.a.last_only ? l.a.iterations - 1 : 0, place = j * lanes + i % lanes;
-  for (int64_t at = j * l.width; at < (j + 1) * l.width; at += lanes) {
-    V sum = first == 0 ? l.uniform() * load<V>(l.g(0, b) + at) : V{};
-    for (int64_t t = first > 0 ? first : 1; t < l.a.iterations; ++t) {
-      sum += l.kept(2 * (t - 1), b, i)[place] * load<V>(l.g(t, b) + at);
-      if (!l.a.last_only) sum += l.kept(2 * (t - 1) + 1, b, i)[place] * load<V>(l.V(t - 1, b) + at);
+  const int64_t R = l.a.iterations, first = l.a.last_only ? R - 1 : 0, J = l.J, width = l.width;
+  const bool full = !l.a.last_only;
+  const T uniform = l.uniform(), *g0 = l.g(0, b);
+  for (int64_t n = 0; n < l.size; n += lanes) store(out + n, first == 0 ? uniform * load<V>(g0 + n) : V{});
+  for (int64_t t = first > 0 ? first : 1; t < R; ++t) {
+    const T *c = l.kept(2 * (t - 1), b, i) + i % lanes, *gb = l.kept(2 * (t - 1) + 1, b, i) + i % lanes;
+    const T *g = l.g(t, b), *Vt = l.V(t - 1, b);
+    for (int64_t j = 0; j < J; ++j) {
+      for (int64_t at = j * width; at < (j + 1) * width; at += lanes) {
+        V sum = load<V>(out + at) + c[j * lanes] * load<V>(g + at);
+        if (full) sum += gb[j * lanes] * load<V>(Vt + at);
+        store(out + at, sum);
+      }
     }
-    store(out + at - j * l.width, sum);
   }
 }
 
-// The last pass over a chunk of lower capsules. memory: [J·D·E], [B·D][lanes], [4][padded].
+// The last pass over a chunk of lower capsules. memory: grad_weight [J·D·E], grad_u [B][D], grad_votes [4][J][padded].
 template <typename T>
 void chunk_gradients(const Rows<T>& l, Weights<T>& weights, int64_t chunk, T* grad_weight, T* grad_u, T* grad_votes) {
   constexpr int lanes = kLanes<T>;
   const DenseArgs& a = l.a;
-  const int64_t i0 = chunk * a.chunk, i1 = min_of(i0 + a.chunk, l.I), matrix = l.D * l.E;
+  const int64_t i0 = chunk * a.chunk, i1 = min_of(i0 + a.chunk, l.I), matrices = l.J * l.D * l.E;
+  // Sums over the samples are taken in the result itself where it is of their type.
+  const bool direct = a.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
   weights.prepare(i0, i1);
   for (int64_t i = i0; i < i1; ++i) {
-    const T* matrices = weights(i);
-    for (int64_t n = 0; n < l.J * matrix; ++n) grad_weight[n] = 0;
-    for (int64_t n = 0; n < l.B * l.D * lanes; ++n) grad_u[n] = 0;
-    for (int64_t j = 0; j < l.J; ++j) {
-      for_blocks<4>(l.B, [&](auto block, int64_t b) __attribute__((always_inline)) {
-        constexpr int n = decltype(block)::size;
-        for (int k = 0; k < n; ++k) votes_gradient(l, b + k, i, j, grad_votes + k * l.width);
-        add_row_gradients<n>(grad_votes, l.u(b, i), l.I * l.D, matrices + j * matrix, l.D, l.E, grad_weight + j * matrix,
-                             grad_u + b * l.D * lanes);
-      });
-    }
+    T* sums = direct ? static_cast<T*>(a.grad_weight.data) + i * matrices : grad_weight;
+    prefetch(weights.ahead(i + 1), 0, matrices);
+    for_blocks<4>(l.B, [&](auto block, int64_t b) __attribute__((always_inline)) {
+      constexpr int n = decltype(block)::size;
+      for (int k = 0; k < n; ++k) votes_gradient(l, b + k, i, grad_votes + k * l.size);
+      const Write how = b > 0 ? Write::add : a.stream && l.B == n && direct ? Write::stream : Write::set;
+      row_gradients<n>(grad_votes, l.u(b, i), l.I * l.D, weights(i), l.z, sums, how, grad_u + b * l.D, l.D);
+    });
     dispatch_floating(a.dtype, [&]<typename scalar_t>() {
       if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
-        auto* out_weight = static_cast<scalar_t*>(a.grad_weight.data) + i * l.J * matrix;
-        for (int64_t n = 0; n < l.J * matrix; n += lanes) {
-          const int64_t some = min_of(l.J * matrix - n, lanes);
+        auto* out_weight = static_cast<scalar_t*>(a.grad_weight.data) + i * matrices;
+        for (int64_t n = 0; !direct && n < matrices; n += lanes) {
+          const int64_t some = min_of(matrices - n, lanes);
           store_some(out_weight + n, load_some<Vec<T>>(grad_weight + n, some), some);
         }
         auto* out_u = static_cast<scalar_t*>(a.grad_u.data) + i * a.grad_u.stride[1];
-        for (int64_t n = 0; n < l.B * l.D; ++n) {
-          store_one(out_u + n / l.D * a.grad_u.stride[0] + n % l.D * a.grad_u.stride[2],
-                    reduce_add(load<Vec<T>>(grad_u + n * lanes)));
+        for (int64_t b = 0; b < l.B; ++b) {
+          for (int64_t d = 0; d < l.D; ++d) {
+            store_one(out_u + b * a.grad_u.stride[0] + d * a.grad_u.stride[2], grad_u[b * l.D + d]);
+          }
         }
       }
     });

@@ -72,14 +72,15 @@ CAPS_INLINE void add_weighted_rows(const T* votes, int64_t count, const T* facto
   const int64_t width = padded<T>(z.out_dim), size = z.out_capsules * width;
   for (int64_t j = 0; j < z.out_capsules; ++j) {
     for (int64_t at = j * width; at < (j + 1) * width; at += lanes) {
-      V even = load<V>(sums + at), odd{};
+      // Several sums at once: each addition waits for the one before it.
+      V parts[4] = {load<V>(sums + at)};
       int64_t k = 0;
-      for (; k + 2 <= count; k += 2) {
-        even += factors[j * lanes + k] * load<V>(votes + k * size + at);
-        odd += factors[j * lanes + k + 1] * load<V>(votes + (k + 1) * size + at);
+      for (; k + 4 <= count; k += 4) {
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) parts[n] += factors[j * lanes + k + n] * load<V>(votes + (k + n) * size + at);
       }
-      if (k < count) even += factors[j * lanes + k] * load<V>(votes + k * size + at);
-      store(sums + at, even + odd);
+      for (; k < count; ++k) parts[0] += factors[j * lanes + k] * load<V>(votes + k * size + at);
+      store(sums + at, (parts[0] + parts[1]) + (parts[2] + parts[3]));
     }
   }
 }
@@ -101,30 +102,31 @@ void route_rows(const T* votes, int64_t capsules, Sizes z, const T* V, const T* 
   }
 }
 
-// For one lower capsule and parent, from gû [samples][padded]: grad_W [D][E] of all samples, added to `grad_weight`, and
-// each sample's W gû [D], whose numbers are still spread over lanes, added to `grad_u` [samples][D][kLanes].
+// For one lower capsule, from gû [samples][J][padded]: grad_W [J][D][E] of all samples, and each sample's grad_u [D], to
+// places grad_u_step apart.
 template <int samples, typename T>
-CAPS_INLINE void add_row_gradients(const T* grad_votes, const T* u, int64_t u_step, const T* matrix, int64_t D, int64_t E,
-                                   T* grad_weight, T* grad_u) {
+CAPS_INLINE void row_gradients(const T* grad_votes, const T* u, int64_t u_step, const T* matrices, Sizes z, T* grad_weight,
+                               Write how, T* grad_u, int64_t grad_u_step) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  const int64_t width = padded<T>(E);
-  for (int64_t e = 0; e < E; e += lanes) {
-    V gv[samples];
-    for (int b = 0; b < samples; ++b) gv[b] = load<V>(grad_votes + b * width + e);
-    const int64_t some = min_of(E - e, lanes);
-    for (int64_t d = 0; d < D; ++d) {
-      const V w = load_row(matrix + d * E, e, E);
-      V gw = load_row(grad_weight + d * E, e, E);
+  const int64_t J = z.out_capsules, D = z.in_dim, E = z.out_dim, width = padded<T>(E), size = J * width;
+  for (int64_t d = 0; d < D; ++d) {
+    V sums[samples] = {};
+    for (int64_t j = 0; j < J; ++j) {
+      for (int64_t e = 0; e < E; e += lanes) {
+        const int64_t row = (j * D + d) * E;
+        const V w = load_row(matrices + row, e, E);
+        V gw{};
 #pragma GCC unroll 4
-      for (int b = 0; b < samples; ++b) {
-        gw += gv[b] * u[b * u_step + d];
-        T* out = grad_u + (b * D + d) * lanes;
-        store(out, load<V>(out) + w * gv[b]);
+        for (int b = 0; b < samples; ++b) {
+          const V gv = load<V>(grad_votes + b * size + j * width + e);
+          gw += gv * u[b * u_step + d];
+          sums[b] += w * gv;
+        }
+        write(grad_weight + row + e, gw, min_of(E - e, lanes), how);
       }
-      if (some == lanes) store(grad_weight + d * E + e, gw);
-      else store_some(grad_weight + d * E + e, gw, some);
     }
+    for (int b = 0; b < samples; ++b) grad_u[b * grad_u_step + d] = reduce_add(sums[b]);
   }
 }
 

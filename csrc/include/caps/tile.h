@@ -157,12 +157,19 @@ class Weights {
     dispatch_floating(dtype_, [&]<typename scalar_t>() {
       if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
         T* out = copies_;
+        const int64_t E = weight_.size[3], D = weight_.size[2], J = weight_.size[1];
+        const bool together = weight_.stride[3] == 1 && weight_.stride[2] == E && weight_.stride[1] == D * E;
         for (int64_t t = from; t < to; ++t) {
-          for (int64_t j = 0; j < weight_.size[1]; ++j) {
-            for (int64_t d = 0; d < weight_.size[2]; ++d, out += weight_.size[3]) {
+          if (together) {
+            widen_row(static_cast<const scalar_t*>(weight_.data) + t * weight_.stride[0], 1, block_, out);
+            out += block_;
+            continue;
+          }
+          for (int64_t j = 0; j < J; ++j) {
+            for (int64_t d = 0; d < D; ++d, out += E) {
               const auto* row = static_cast<const scalar_t*>(weight_.data) + t * weight_.stride[0] +
                                 j * weight_.stride[1] + d * weight_.stride[2];
-              widen_row(row, weight_.stride[3], weight_.size[3], out);
+              widen_row(row, weight_.stride[3], E, out);
             }
           }
         }
