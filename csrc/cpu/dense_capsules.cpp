@@ -49,7 +49,7 @@ void tiles_pack(const DenseArgs& args, int64_t begin, int64_t end) {
     const Layout<T> l(args);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t tile = task / args.chunks, i = task % args.chunks * args.chunk;
-      pack(args.dtype, args.u, tile, i, min_of(args.chunk, l.I - i), l.u(tile) + i * l.D * kLanes<T>);
+      pack(args.dtype, args.u, tile, i, min_of(args.chunk, l.I - i), l.u(tile, i));
     }
   });
 }
@@ -57,14 +57,14 @@ void tiles_pack(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t u_step = l.I * l.D * l.lanes, c_step = args.keep ? l.I * l.row : l.row;
+    const int64_t c_step = args.keep ? l.I * l.row : l.row;
     for_chunks(l, kPair * (l.tile_size + l.row), begin, end,
-               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, T* sums, T* memory) {
+               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u, T* sums,
+                   T* memory) {
                  constexpr int tiles = decltype(pair)::size;
-                 const T* u = l.u(tile);
-                 if (args.t == 0) return route_uniformly<tiles>(u, u_step, weights, l.z, i0, i1, l.uniform(), sums);
+                 if (args.t == 0) return route_uniformly<tiles>(u.u, u.step, weights, l.z, i0, i1, l.uniform(), sums);
                  T* c = args.keep ? l.kept(0, tile, i0) : memory + kPair * l.tile_size;
-                 route<false, tiles, T>(u, u_step, weights, l.z, i0, i1, l.V(0, tile), nullptr, sums, memory, args.keep,
+                 route<false, tiles, T>(u.u, u.step, weights, l.z, i0, i1, l.V(0, tile), nullptr, sums, memory, args.keep,
                                         c, nullptr, c_step);
                });
   });
@@ -100,12 +100,13 @@ void tiles_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t u_step = l.I * l.D * l.lanes, c_step = args.keep ? l.I * l.row : l.row;
+    const int64_t c_step = args.keep ? l.I * l.row : l.row;
     for_chunks(l, kPair * (l.tile_size + 2 * l.row), begin, end,
-               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, T* sums, T* memory) {
+               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u, T* sums,
+                   T* memory) {
                  T* c = args.keep ? l.c(args.t, tile, i0) : memory + kPair * l.tile_size;
                  T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kPair * l.row;
-                 route<true, decltype(pair)::size, T>(l.u(tile), u_step, weights, l.z, i0, i1, l.V(args.t - 1, tile),
+                 route<true, decltype(pair)::size, T>(u.u, u.step, weights, l.z, i0, i1, l.V(args.t - 1, tile),
                                                       l.g(args.t, tile), args.last_only ? nullptr : sums, memory,
                                                       args.keep, c, gb, c_step);
                });
@@ -300,22 +301,23 @@ struct Plan {
 };
 
 // Few samples would leave most lanes of a tile empty, as a small E does those of a row. Shared matrices gain from tiles even so: they stay in cache.
-bool takes_rows(int64_t B, int64_t I, int64_t J, int64_t E, int64_t positions, int64_t item) {
+bool takes_rows(int64_t B, int64_t I, int64_t J, int64_t D, int64_t E, int64_t positions, int64_t item) {
   const int64_t lanes = vector_bytes() / item, width = ceil_div(E, lanes) * lanes;
-  return positions == 1 && 2 * B * width <= lanes * E && B * I * J * width * item <= kVotesBudget;
+  return positions == 1 && 2 * B * width <= lanes * E && B * I * J * width * item <= kVotesBudget &&
+         B * I * D * item <= kPackBudget;
 }
 
 Plan plan(DenseArgs& a) {
   Plan p{a.u.size[0], a.u.size[1], a.weight.size[1], a.u.size[2], a.weight.size[3], a.dtype == DType::float64 ? 8 : 4, 0, 0, false};
   p.lanes = vector_bytes() / p.item;
-  p.rows = takes_rows(p.B, p.I, p.J, p.E, a.positions, p.item);
+  p.rows = takes_rows(p.B, p.I, p.J, p.D, p.E, a.positions, p.item);
   p.tile = p.J * p.item * (p.rows ? ceil_div(p.E, p.lanes) * p.lanes : p.E * p.lanes);
   a.tiles = p.rows ? p.B : ceil_div(p.B, p.lanes);
-  // At least 32 tasks; the matrices of a chunk in half of a level 2 cache; at most 16 MiB of partial sums. Chunks of
+  // At least 32 tasks; the matrices of a chunk in half of a level 2 cache; at most kPartialBudget. Chunks of
   // rows are whole vectors of lower capsules, those of tiles whole groups of 4.
   const int64_t unit = p.rows ? p.lanes : 4;
   const int64_t enough = std::max(ceil_div(32, a.tiles), ceil_div(p.I * p.J * p.D * p.E * p.item, 512 << 10));
-  const int64_t most = std::max<int64_t>(1, (16 << 20) / (p.tile * a.tiles));
+  const int64_t most = std::max<int64_t>(1, kPartialBudget / (p.tile * a.tiles));
   a.chunk = ceil_div(ceil_div(p.I, std::min({enough, most, ceil_div(p.I, unit)})), unit) * unit;
   a.chunks = ceil_div(p.I, a.chunk);
   a.types = p.I / a.positions;
@@ -367,10 +369,17 @@ DenseArgs common_args(const Tensor& u, const Tensor& weight, const std::optional
   return a;
 }
 
-// Whether a call runs in the regime of rows, for whoever asks.
-bool dense_capsules_takes_rows(Tensor u, Tensor weight, int64_t positions) {
-  const int64_t item = dtype_of(u) == DType::float64 ? 8 : 4;
-  return takes_rows(u.size(0), u.size(1), weight.size(1), weight.size(3), positions, item);
+// Whether backward keeps the coefficients of all iterations but the first.
+bool keeps_coefficients(const DenseArgs& a, const Plan& p) {
+  return p.rows || 2 * (a.iterations - 1) * coefficient_bytes(a, p) <= kCoefficientBudget;
+}
+
+// How a call would run, for whoever asks: 0 rows, 1 tiles that keep the coefficients, 2 tiles that do not.
+int64_t dense_capsules_regime(Tensor u, Tensor weight, int64_t positions, int64_t iterations) {
+  DenseArgs a = common_args(u, weight, {}, positions, iterations, false, false);
+  if (u.size(0) == 0) return 1;
+  const Plan p = plan(a);
+  return p.rows ? 0 : keeps_coefficients(a, p) ? 1 : 2;
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>;
@@ -387,8 +396,9 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   if (return_coupling) a.coupling = view_of<3>(coupling);
   const Plan p = plan(a);
   const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair);
+  const bool pack = packed_bytes(a, p) <= kPackBudget;
   with_scratch([&](Shelf& shelf) {
-    a.u_tiles = shelf.take(packed_bytes(a, p));
+    a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
     a.votes = p.rows ? shelf.take(I * all) : nullptr;
     a.partial = shelf.take(a.chunks * all);
     a.total = shelf.take(all);
@@ -398,7 +408,7 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   });
   // Nanoseconds of a chunk, from the multiplications of one lane or row.
   const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = a.chunk * J * E / p.lanes;
-  launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
+  if (pack) launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
   for (a.t = 0; a.t < iterations; ++a.t) {
     a.keep = return_coupling && a.t == iterations - 1;
     if (p.rows && a.t == 0) launch(rows_predict, a, a.chunks, predict * B);
@@ -431,9 +441,10 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   if (bias) a.grad_bias = view_of<2>(grad_bias);
   const Plan p = plan(a);
   const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair), coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);
-  a.keep = p.rows || coefficients <= kCoefficientBudget;
+  a.keep = keeps_coefficients(a, p);
+  const bool pack = packed_bytes(a, p) <= kPackBudget;
   with_scratch([&](Shelf& shelf) {
-    a.u_tiles = shelf.take(packed_bytes(a, p));
+    a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
     a.votes = p.rows ? shelf.take(I * all) : nullptr;
     a.partial = shelf.take(a.chunks * all);
     a.total = shelf.take(all);
@@ -444,7 +455,7 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
     a.weight_parts = a.parts > 1 ? shelf.take(a.types * a.parts * J * D * E * p.item) : nullptr;
   });
   const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = a.chunk * J * E / p.lanes;
-  launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
+  if (pack) launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
   launch(p.rows ? rows_start_backward : tiles_start_backward, a, a.tiles, J * E * 16 * iterations);
   if (p.rows) launch(rows_predict, a, a.chunks, predict * B);
   for (a.t = iterations - 1; a.t >= 1; --a.t) {
@@ -475,11 +486,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(caps_kernels_cpp, m) {
   m.def(
       "dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, Tensor? bias, Tensor s, int positions, "
       "int iterations, bool leaky, bool last_only) -> (Tensor, Tensor, Tensor)");
-  m.def("dense_capsules_takes_rows(Tensor u, Tensor weight, int positions) -> bool");
+  m.def("dense_capsules_regime(Tensor u, Tensor weight, int positions, int iterations) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(caps_kernels_cpp, CPU, m) {
-  m.impl("dense_capsules_takes_rows", TORCH_BOX(&dense_capsules_takes_rows));
+  m.impl("dense_capsules_regime", TORCH_BOX(&dense_capsules_regime));
   m.impl("dense_capsules_fwd", TORCH_BOX(&dense_capsules_fwd));
   m.impl("dense_capsules_bwd", TORCH_BOX(&dense_capsules_bwd));
 }

@@ -46,11 +46,16 @@ def backward(
     return gradients
 
 
-def regime(u: Tensor, weight: Tensor, bias: Tensor | None, positions: int, *_: object) -> str:
+REGIMES = (
+    "rows: few samples, û computed once and kept",
+    "tiles: samples in SIMD lanes, û computed again in every pass, coefficients kept for backward",
+    "tiles: samples in SIMD lanes, û and coefficients computed again in every pass",
+)
+
+
+def regime(u: Tensor, weight: Tensor, bias: Tensor | None, positions: int, iterations: int, *_: object) -> str:
     """How a call would run: csrc/cpu/dense_capsules.cpp describes both regimes."""
-    if torch.ops.caps_kernels_cpp.dense_capsules_takes_rows(u, weight, positions):
-        return "rows: few samples, û computed once and kept"
-    return "tiles: samples in SIMD lanes, û computed again in every pass"
+    return REGIMES[torch.ops.caps_kernels_cpp.dense_capsules_regime(u, weight, positions, iterations)]
 
 
 IMPLEMENTATION = Implementation(forward, backward, regime=regime)

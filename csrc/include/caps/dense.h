@@ -5,8 +5,11 @@
 
 namespace caps {
 
-constexpr int64_t kCoefficientBudget = int64_t{64} << 20;  // bytes of coefficients kept between passes over tiles
-constexpr int64_t kVotesBudget = int64_t{32} << 20;        // bytes of û kept in the regime of rows
+// Bytes of scratch: 64 MiB in all, and besides them copies of the total inputs s, V and g [R, B, J, E].
+constexpr int64_t kCoefficientBudget = int64_t{40} << 20;  // coefficients kept between passes over tiles
+constexpr int64_t kPackBudget = int64_t{16} << 20;         // u in tiles; beyond it every pass makes those it needs
+constexpr int64_t kPartialBudget = int64_t{8} << 20;       // partial sums, but for a single chunk
+constexpr int64_t kVotesBudget = int64_t{32} << 20;        // û kept in the regime of rows
 constexpr int kPair = 2;                                   // neighbouring tiles that share one read of W
 constexpr int64_t kGroup = 8;                              // tiles whose gû stay in cache together
 
@@ -25,7 +28,7 @@ struct DenseArgs {
   int64_t t;                     // the iteration, from 0
   bool keep;                     // coefficients (backward), couplings (forward, last iteration)
   // Scratch, numbers of the accumulation type. A tile is [J·E][lanes], or [J][E rounded up] in the regime of rows.
-  void* u_tiles;                 // [tiles][I·D]
+  void* u_tiles;                 // [tiles][I·D], or null beyond kPackBudget
   void* votes;                   // rows only: [B][I] tiles
   void* partial;                 // [chunks][tiles] tiles
   void* total;                   // [tiles] tiles: forward v; backward Σ gV

@@ -22,7 +22,7 @@ struct Layout {
         I(z.in_capsules), J(z.out_capsules), D(z.in_dim), E(z.out_dim), row(J * lanes), tile_size(row * E),
         all(args.tiles * tile_size) {}
 
-  T* u(int64_t tile) const { return static_cast<T*>(a.u_tiles) + tile * I * D * lanes; }
+  T* u(int64_t tile, int64_t i) const { return static_cast<T*>(a.u_tiles) + (tile * I + i) * D * lanes; }
   T* partial(int64_t chunk, int64_t tile) const {
     return static_cast<T*>(a.partial) + chunk * all + tile * tile_size;
   }
@@ -51,17 +51,30 @@ CAPS_INLINE void for_pair(int64_t tiles, const F& f) {
   else f(Block<1>());
 }
 
-// Runs body(pair, weights, i0, i1, tile, sums, memory) for tasks begin … end - 1, each a chunk of lower capsules of
+// u of lower capsules first … first + count - 1 in some tiles, [D] for each of them, in `tiles` a distance `step` apart.
+template <typename T>
+struct Packed {
+  const T* u;
+  int64_t step;
+
+  // Where u is not kept in tiles, they are made in `memory`.
+  Packed(const Layout<T>& l, int64_t tile, int64_t tiles, int64_t first, int64_t count, T* memory)
+      : u(l.a.u_tiles ? l.u(tile, first) : memory), step((l.a.u_tiles ? l.I : count) * l.D * l.lanes) {
+    for (int64_t n = 0; !l.a.u_tiles && n < tiles; ++n) pack(l.a.dtype, l.a.u, tile + n, first, count, memory + n * step);
+  }
+};
+
+// Runs body(pair, weights, i0, i1, tile, u, sums, memory) for tasks begin … end - 1, each a chunk of lower capsules of
 // kPair tiles, or of the last one alone. Tiles of a chunk follow each other, so that its matrices stay in cache. sums:
 // the task's partial sums, zeroed.
 template <typename T, typename F>
 CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t begin, int64_t end, const F& body) {
   const DenseArgs& a = l.a;
   Weights<T> weights(a.dtype, a.weight, a.positions);
-  memory_size = (memory_size + 15) / 16 * 16;
+  const int64_t own = (memory_size + 15) / 16 * 16, packed = a.u_tiles ? 0 : kPair * a.chunk * l.D * l.lanes;
   T* memory = static_cast<T*>(
-      scratch(Scratch::chunk, (memory_size + weights.copy_size(a.chunk)) * int64_t(sizeof(T))));
-  weights.use_memory(memory + memory_size);
+      scratch(Scratch::chunk, (own + packed + weights.copy_size(a.chunk)) * int64_t(sizeof(T))));
+  weights.use_memory(memory + own + packed);
   const int64_t pairs = (a.tiles + kPair - 1) / kPair;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task / pairs, tile = task % pairs * kPair, tiles = min_of(a.tiles - tile, kPair);
@@ -69,7 +82,8 @@ CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t beg
     weights.prepare(i0, i1);
     T* sums = l.partial(chunk, tile);
     for (int64_t n = 0; n < tiles * l.tile_size; ++n) sums[n] = 0;
-    for_pair(tiles, [&](auto pair) __attribute__((always_inline)) { body(pair, weights, i0, i1, tile, sums, memory); });
+    const Packed<T> u(l, tile, tiles, i0, i1 - i0, memory + own);
+    for_pair(tiles, [&](auto pair) __attribute__((always_inline)) { body(pair, weights, i0, i1, tile, u, sums, memory); });
   }
 }
 
@@ -149,16 +163,18 @@ class Gradients {
       : l_(layout), a_(layout.a), weights_(a_.dtype, a_.weight, a_.positions), group_(min_of(a_.tiles, kGroup)),
         first_(a_.last_only ? a_.iterations - 1 : 0), matrices_(l_.J * l_.D * l_.E), uniform_(l_.uniform()) {
     const int64_t own = a_.keep ? 0 : kPair * l_.tile_size + 2 * (a_.iterations - 1) * group_ * kShared * l_.row;
-    const int64_t sizes[] = {kShared * group_ * l_.D * lanes, kShared * group_ * l_.E * lanes, own,
+    const int64_t packed = a_.u_tiles ? 0 : kShared * group_ * l_.D * lanes;
+    const int64_t sizes[] = {kShared * group_ * l_.D * lanes, packed, kShared * group_ * l_.E * lanes, own,
                              (kShared * matrices_ + 15) / 16 * 16, weights_.copy_size(kShared)};
     int64_t size = 0;
     for (int64_t n : sizes) size += n;
     T* memory = static_cast<T*>(scratch(Scratch::chunk, size * int64_t(sizeof(T))));
     grad_u_ = memory;
-    grad_votes_ = grad_u_ + sizes[0];
-    own_ = grad_votes_ + sizes[1];
-    grad_weight_ = own_ + sizes[2];
-    weights_.use_memory(grad_weight_ + sizes[3]);
+    packed_ = grad_u_ + sizes[0];
+    grad_votes_ = packed_ + sizes[1];
+    own_ = grad_votes_ + sizes[2];
+    grad_weight_ = own_ + sizes[3];
+    weights_.use_memory(grad_weight_ + sizes[4]);
   }
 
   // Task n: kShared types of one position each, or `part` positions of one type.
@@ -200,7 +216,8 @@ class Gradients {
  private:
   void capsules(int64_t i, int64_t count, int64_t tile0, int64_t tiles, T* sums, Write how) {
     for (int64_t n = 0; n < count * group_ * l_.D * lanes; ++n) grad_u_[n] = 0;
-    if (!a_.keep) compute_coefficients(i, count, tile0, tiles);
+    const Packed<T> u(l_, tile0, tiles, i, count, packed_);
+    if (!a_.keep) compute_coefficients(u, i, count, tile0, tiles);
     // gû: [count][tiles][E]
     const int64_t step = l_.E * lanes, u_step = l_.D * lanes, matrix = l_.D * l_.E;
     for (int64_t j = 0; j < l_.J; ++j) {
@@ -225,7 +242,7 @@ class Gradients {
         const bool shared = a_.positions > 1;
         T* out = sums + (shared ? 0 : k * matrices_) + j * matrix;
         const auto weight_gradient = tiles <= kPair ? weight_gradient_of_few<T> : weight_gradient_of_many<T>;
-        weight_gradient(l_.u(tile0) + (i + k) * u_step, l_.I * u_step, grad_votes_ + k * tiles * step, step, tiles, l_.D,
+        weight_gradient(u.u + k * u_step, u.step, grad_votes_ + k * tiles * step, step, tiles, l_.D,
                         l_.E, out, shared && k > 0 ? Write::add : how);
       }
     }
@@ -238,12 +255,12 @@ class Gradients {
   T* own(int64_t t, int64_t which, int64_t tile) const {
     return own_ + kPair * l_.tile_size + ((2 * (t - 1) + which) * group_ + tile) * kShared * l_.row;
   }
-  void compute_coefficients(int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
+  void compute_coefficients(const Packed<T>& u, int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
     for (int64_t t = first_ > 0 ? first_ : 1; t < a_.iterations; ++t) {
       for (int64_t n = 0; n < tiles; n += kPair) {
         const T *V = l_.V(t - 1, tile0 + n), *g = l_.g(t, tile0 + n);
         for_pair(min_of(tiles - n, kPair), [&](auto pair) __attribute__((always_inline)) {
-          route<true, decltype(pair)::size, T>(l_.u(tile0 + n), l_.I * l_.D * lanes, weights_, l_.z, i, i + count, V, g,
+          route<true, decltype(pair)::size, T>(u.u + n * u.step, u.step, weights_, l_.z, i, i + count, V, g,
                                                nullptr, own_, true, own(t, 0, n), own(t, 1, n), kShared * l_.row);
         });
       }
@@ -311,7 +328,7 @@ class Gradients {
   Weights<T> weights_;
   int64_t group_, first_, matrices_;
   T uniform_;
-  T *grad_u_, *grad_votes_, *own_, *grad_weight_;
+  T *grad_u_, *packed_, *grad_votes_, *own_, *grad_weight_;
 };
 
 }  // namespace

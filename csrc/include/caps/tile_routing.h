@@ -44,7 +44,7 @@ CAPS_INLINE void add_votes(const T* u, int64_t u_step, const T* matrix, int64_t 
   }
 }
 
-// s [tiles][J·E] += coupling · Σ_i û_i: the first iteration, in which all couplings are alike. A few lower capsules at
+// s [tiles][J·E] += coupling · Σ_i û_i: the first iteration, in which all couplings are alike. u: of capsule `first`. A few lower capsules at
 // a time, so that W is read in the order in which it lies in memory.
 template <int tiles, typename T>
 void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last,
@@ -59,7 +59,7 @@ void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Size
         constexpr int n = decltype(block)::size;
         Vec<T> sums[tiles * n] = {};
         for (int64_t k = i; k < end; ++k) {
-          add_votes<n, tiles>(u + k * z.in_dim * lanes, u_step, weights(k) + j * matrix + e0, z.in_dim, z.out_dim, sums);
+          add_votes<n, tiles>(u + (k - first) * z.in_dim * lanes, u_step, weights(k) + j * matrix + e0, z.in_dim, z.out_dim, sums);
         }
 #pragma GCC unroll 4
         for (int k = 0; k < tiles; ++k) {
@@ -120,7 +120,7 @@ CAPS_INLINE void add_weighted(const T* votes, const T* factors, Sizes z, T* sums
 // One iteration over lower capsules first … last - 1 of neighbouring tiles:  c_i = softmax(û_i · V), and
 //   forward:  sums += Σ_i c_i û_i                            (s)
 //   backward: gb_i = c_i (gc_i - Σ_j c_i gc_i), gc_i = g · û_i, and sums += Σ_i gb_i û_i   (gV), unless `sums` is null
-// V, g, sums: [tiles][J·E]. c, gb: [last - first][J] of each tile c_step apart, or where not `keep` [J], that each lower
+// u: of capsule `first`. V, g, sums: [tiles][J·E]. c, gb: [last - first][J] of each tile c_step apart, or where not `keep` [J], that each lower
 // capsule writes over. votes: room for [tiles][J·E].
 template <bool backward, int tiles, typename T>
 void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last, const T* V,
@@ -128,7 +128,7 @@ void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64
   constexpr int lanes = kLanes<T>;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim;
   for (int64_t i = first; i < last; ++i) {
-    votes_and_dots<backward, tiles>(u + i * z.in_dim * lanes, u_step, weights(i), weights.ahead(i + 1),
+    votes_and_dots<backward, tiles>(u + (i - first) * z.in_dim * lanes, u_step, weights(i), weights.ahead(i + 1),
                                     z, V, g, votes, c, gb, c_step);
 #pragma GCC unroll 4
     for (int k = 0; k < tiles; ++k) {
