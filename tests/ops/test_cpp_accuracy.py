@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 import caps_kernels as ck
 from caps_kernels import _extension, backends
-from caps_kernels.functional import dense_capsules
 from tests import cases
 from tests.cases import Case
 from tests.test_op_contract import assert_near, gradients
@@ -20,65 +17,67 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def fresh_layer(
-    batch: int, in_capsules: int, out_capsules: int, in_dim: int, out_dim: int, positions: int
-) -> list[Tensor]:
-    """u, weight and bias as the layer has them when it is made."""
+def fresh_layer(case: Case) -> list[Tensor]:
+    """u, weight and bias as a layer has them when it is made."""
+    _, in_capsules, in_dim = case.shapes["u"]
+    _, out_capsules, _, out_dim = case.shapes["weight"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layer = ck.CapsuleLayer(in_capsules, in_dim, out_capsules, out_dim, positions=positions)
-        u = torch.randn(batch, in_capsules, in_dim) * in_dim**-0.25
+        layer = ck.CapsuleLayer(in_capsules, in_dim, out_capsules, out_dim, positions=case.options["positions"])
+        u = torch.randn(case.shapes["u"]) * in_dim**-0.25
         bias = 0.1 * torch.randn(out_capsules, out_dim)
     return [t.detach().requires_grad_() for t in (u, layer.weight, bias)]
 
 
-def assert_exact(
-    shape: tuple[int, ...],
-    options: dict[str, Any],
-    *,
-    regime: str,
-    allowed: float,
-    allowed_gradient: float,
-) -> None:
+def assert_exact(case: Case, regime: str, allowed: float, allowed_gradient: float) -> None:
     """Hold v and the gradients against float64, on every instruction set."""
-    options = {"positions": 1, **options}
-    inputs = fresh_layer(*shape, options["positions"])
+    inputs = fresh_layer(case)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    wanted = dense_capsules(*exact, **options, backend="reference")
+    wanted = case.call(exact, "reference")
     wanted_gradients = gradients(wanted, exact)
     for isa in _extension.isa_names():
         with _extension.force_isa(isa):
-            verdicts = {v.backend: v for v in backends.explain("dense_capsules", *inputs, **options)}
+            verdicts = {v.backend: v for v in backends.explain("dense_capsules", *inputs, **case.options)}
             assert str(verdicts["cpp"].regime).startswith(regime)
-            v = dense_capsules(*inputs, **options, backend="cpp")
+            v = case.call(inputs, "cpp")
             found = gradients(v, inputs)
         assert_near(v, wanted, allowed, f"v with {isa}")
-        for name, got, want in zip(("u", "weight", "bias"), found, wanted_gradients, strict=True):
+        for name, got, want in zip(case.shapes, found, wanted_gradients, strict=True):
             assert_near(got, want, allowed_gradient, f"gradient of {name} with {isa}")
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": 36}, {"routing_grad": "last", "leaky": True}], ids=str)
-def test_float32_at_28x28(options: dict[str, Any]) -> None:
-    assert_exact((128, 1152, 10, 8, 16), options, regime="tiles", allowed=2e-6, allowed_gradient=3e-6)
-
-
-def test_float32_at_28x28_of_one_sample() -> None:
-    assert_exact((1, 1152, 10, 8, 16), {}, regime="rows", allowed=2e-6, allowed_gradient=3e-6)
+@pytest.mark.parametrize(
+    ("case", "regime"),
+    [
+        (cases.dense_capsules("plain", 128, 1152, 10, 8, 16, bias=True), "tiles"),
+        (cases.dense_capsules("shared", 128, 1152, 10, 8, 16, bias=True, positions=36), "tiles"),
+        (cases.dense_capsules("last", 128, 1152, 10, 8, 16, bias=True, routing_grad="last", leaky=True), "tiles"),
+        (cases.dense_capsules("one-sample", 1, 1152, 10, 8, 16, bias=True), "rows"),
+    ],
+    ids=str,
+)
+def test_float32_at_28x28(case: Case, regime: str) -> None:
+    assert_exact(case, regime, allowed=2e-6, allowed_gradient=3e-6)
 
 
 @pytest.mark.parametrize(
-    ("shape", "regime"), [((1, 135_168, 2, 8, 16), "rows"), ((9, 135_168, 2, 4, 8), "tiles")], ids=str
+    ("case", "regime"),
+    [
+        (cases.dense_capsules("one-sample", 1, 135_168, 2, 8, 16, bias=True), "rows"),
+        (cases.dense_capsules("small", 9, 135_168, 2, 4, 8, bias=True), "tiles"),
+        pytest.param(
+            cases.dense_capsules("20-samples", 20, 135_168, 2, 8, 16, bias=True), "tiles", marks=pytest.mark.long
+        ),
+        pytest.param(
+            cases.dense_capsules("shared", 16, 135_168, 3, 8, 16, bias=True, positions=4224),
+            "tiles",
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=str,
 )
-def test_float32_at_180x100(shape: tuple[int, ...], regime: str) -> None:
-    assert_exact(shape, {}, regime=regime, allowed=1e-5, allowed_gradient=1e-5)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("shape", "options"), [((16, 135_168, 3, 8, 16), {"positions": 4224}), ((20, 135_168, 2, 8, 16), {})], ids=str
-)
-def test_float32_at_180x100_of_many_samples(shape: tuple[int, ...], options: dict[str, Any]) -> None:
-    assert_exact(shape, options, regime="tiles", allowed=1e-5, allowed_gradient=1e-5)
+def test_float32_at_180x100(case: Case, regime: str) -> None:
+    assert_exact(case, regime, allowed=1e-5, allowed_gradient=1e-5)
 
 
 SIXTEEN_BIT_CASES = (

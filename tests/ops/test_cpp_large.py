@@ -139,7 +139,7 @@ def test_dense_capsules_of_more_than_2_to_the_31_elements() -> None:
     weight = mostly_zeros(CAPSULES, 64, 32).view(CAPSULES, 64, 2, 16).requires_grad_()
     u = torch.randn(1, CAPSULES, 2, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16).requires_grad_()
     last = [u[:, -20:].detach().clone().requires_grad_(), weight[-20:].detach().clone().requires_grad_()]
-    wanted = dense_capsules(*last, backend="reference")
+    wanted = dense_capsules(last[0], last[1], backend="reference")
     v = dense_capsules(u, weight, backend="cpp")
     assert_near(v, wanted, 1e-2, "v")
     wanted_gradients = torch.autograd.grad(wanted.float().square().sum(), last)
