@@ -15,7 +15,7 @@ import caps_kernels as ck
 from models.defaults import Defaults
 
 IMAGE_SIZE = (64, 64)
-DEFAULTS = Defaults(epochs=12, batch_size=32, learning_rate=1.5e-3)
+DEFAULTS = Defaults(epochs=12, batch_size=32, learning_rate=1.5e-3, channels_last=True)
 
 _CHANNELS = (32, 64, 128, 128)
 _TYPES, _DIM = 16, 8
