@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,27 +63,42 @@ def instruction_sets() -> dict[str, list[str]]:
     }
 
 
-def build_cpp(library: Path, objects: Path) -> None:
-    """Compile csrc/library.cpp once, and each op of csrc/cpu for the host and for every instruction set; link them."""
+def cpp_commands(objects: Path) -> dict[Path, list[str]]:
+    """The compile commands of backend "cpp", by object: csrc/library.cpp once, and each op of csrc/cpu for the host and
+    for every instruction set.
+    """
     import torch
 
-    torch_root = Path(torch.__file__).parent
     cxx, flags = str(compiler()), [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
-    host = [f"-isystem{torch_root}/include", f"-isystem{sysconfig.get_paths()['include']}"]
+    host = [f"-isystem{Path(torch.__file__).parent}/include", f"-isystem{sysconfig.get_paths()['include']}"]
     units = {"library": ("library", host)}
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         units[source.stem] = (f"cpu/{source.stem}", host)
         for name, march in instruction_sets().items():
             units[f"{source.stem}-{name}"] = (f"cpu/{source.stem}", [f"-DCAPS_ISA={name}", *march])
-    objects.mkdir(parents=True, exist_ok=True)
-    commands = {
+    return {
         objects / f"{name}.o": [cxx, *flags, *extra, f"-I{ROOT}/csrc/include", "-c", f"{ROOT}/csrc/{stem}.cpp"]
         for name, (stem, extra) in units.items()
     }
+
+
+def compile_all(commands: Mapping[Path, Sequence[str]]) -> None:
+    """Run compile commands, as many at a time as there are cores."""
+    for target in commands:
+        target.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_unit, commands.values(), commands))
+
+
+def build_cpp(library: Path, objects: Path) -> None:
+    """Compile backend "cpp" and link it."""
+    import torch
+
+    commands = cpp_commands(objects)
+    compile_all(commands)
     library.parent.mkdir(parents=True, exist_ok=True)
-    run([cxx, "-shared", *flags, *map(str, commands), f"-L{torch_root}/lib", "-ltorch_cpu", "-o", str(library)])
+    flags = [*FLAGS, *os.environ.get("CXXFLAGS", "").split(), f"-L{Path(torch.__file__).parent}/lib"]
+    run([str(compiler()), "-shared", *flags, *map(str, commands), "-ltorch_cpu", "-o", str(library)])
 
 
 def compile_unit(command: Sequence[str], target: Path) -> None:

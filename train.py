@@ -122,8 +122,14 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--amp",
         action=argparse.BooleanOptionalAction,
-        help="run the network in bfloat16 where that is safe: half the memory, faster on GPUs that "
-        "have it; weights stay float32 (default: off)",
+        help="run the network in bfloat16 where that is safe; weights stay float32 (default: on "
+        "CPUs with instructions for it, AVX512-BF16 or AMX; off elsewhere)",
+    )
+    add(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="keep the channels of a pixel side by side in memory, which makes some convolutions "
+        f"faster {_by_model('channels_last')}",
     )
     add(
         "--device",
@@ -139,7 +145,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _by_model(name: str) -> str:
-    values = (f"{model} {getattr(models.get(model).DEFAULTS, name)}" for model in models.names())
+    defaults = ((model, getattr(models.get(model).DEFAULTS, name)) for model in models.names())
+    values = (f"{model} {'on' if value is True else 'off' if value is False else value}" for model, value in defaults)
     return f"(default: {', '.join(values)})"
 
 
@@ -207,7 +214,8 @@ def resolve(given: dict[str, Any]) -> Settings:
         "iterations": 3,
         "routing_grad": "full",
         "backend": None,
-        "amp": False,
+        "amp": learner.suits_bfloat16(learner.pick_device(given.get("device", "auto"))),
+        "channels_last": model.DEFAULTS.channels_last,
         "workers": None,
         "seed": 0,
         "device": "auto",
@@ -318,6 +326,8 @@ def describe(trainer: Trainer) -> None:
     where = str(ready.device)
     if ready.device.type == "cpu":
         where += f" with {torch.get_num_threads()} threads"
+    if settings.amp:
+        where += ", in bfloat16"
     print(
         f"data     {settings.data}: {len(data.train):,} training and {len(data.validation):,} "
         f"validation images of {shown(settings.image_size)}, {len(data.classes)} classes\n"

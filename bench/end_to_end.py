@@ -26,6 +26,7 @@ import models
 from bench import machine, report
 from bench.clock import Clock
 from caps_kernels import backends
+from training.learner import suits_bfloat16
 
 CLASSES = 20
 VARIANTS = {
@@ -98,6 +99,11 @@ class Step:
         forward = self._clock.seconds(forward_in, forward_out)
         self.capsules.append(forward + self._clock.seconds(backward_in, backward_out))
 
+    def is_default(self) -> bool:
+        """Whether train.py does it so on this machine unless told otherwise."""
+        wanted = (self._module.DEFAULTS.channels_last, suits_bfloat16(torch.device(self.device)))
+        return VARIANTS[self.variant] == wanted and self.backend == backends.available()[0]
+
     def as_dict(self) -> dict[str, Any]:
         """The medians."""
         seconds, capsules = statistics.median(self.total), statistics.median(self.capsules)
@@ -105,6 +111,7 @@ class Step:
             "model": self.model,
             "backend": self.backend,
             "variant": self.variant,
+            "default": self.is_default(),
             "batch": self.batch,
             "images_per_second": self.batch / seconds,
             "step_ms": 1e3 * seconds,
@@ -138,7 +145,9 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For people, as Markdown; the gain is over the reference backend's plain step of the same model."""
+    """For people, as Markdown. The gain is over the reference backend's plain step of the same model; a star marks what
+    train.py does here unless told otherwise.
+    """
     lines = [
         "| model | backend | variant | images/s | gain | step | capsule layer | share |",
         "|---|---|---|---|---|---|---|---|",
@@ -149,8 +158,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         gain = f"{row['images_per_second'] / base['images_per_second']:.2f}x" if base is not None else "-"
         name = f"{row['model']} (batch {row['batch']})"
         rates = f"{row['images_per_second']:.0f} | {gain} | {row['step_ms']:.1f} ms | {row['capsule_ms']:.1f} ms"
-        lines.append(f"| {name} | {row['backend']} | {row['variant']} | {rates} | {100 * row['capsule_share']:.0f} % |")
-    return "\n".join(lines)
+        variant = row["variant"] + (" *" if row["default"] else "")
+        lines.append(f"| {name} | {row['backend']} | {variant} | {rates} | {100 * row['capsule_share']:.0f} % |")
+    return "\n".join([*lines, "", "* what train.py does on this machine unless told otherwise"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,3 +15,5 @@ class Defaults:
     weight_decay: float = 0.0
     presence_threshold: float = 0.5
     """A class is present where its capsule is longer than this."""
+    channels_last: bool = False
+    """Whether its convolutions are faster on images that lie in memory as [B, H, W, C]."""

@@ -25,6 +25,7 @@ class Learner:
     network: nn.Module
     device: torch.device
     amp: bool
+    channels_last: bool = False
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the scores of one batch.
@@ -37,6 +38,8 @@ class Learner:
             The mean loss, [], and the lengths of the class capsules, [B, classes], detached.
         """
         x = self.model.preprocess(images)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
             v = self.network(x).float()
             loss = self.model.loss(self.network, x, v, targets)
@@ -63,6 +66,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def suits_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is known to be faster there: on CPUs with instructions for it, AVX512-BF16 or AMX."""
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def build(settings: Settings, classes: int, device: torch.device) -> Learner:
     """A freshly initialised network, drawn from torch's global generator.
 
@@ -83,7 +92,10 @@ def build(settings: Settings, classes: int, device: torch.device) -> Learner:
         )
     except ValueError as error:
         raise _unfit(settings, error) from error
-    return Learner(model, network.to(device), device, settings.amp)
+    network = network.to(device)
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    return Learner(model, network, device, settings.amp, settings.channels_last)
 
 
 def rehearse(settings: Settings, device: torch.device) -> None:

@@ -35,6 +35,8 @@ class Settings:
     backend: str | None
     """None lets `caps_kernels` choose on the tensors at hand."""
     amp: bool
+    channels_last: bool
+    """Whether convolutions work on images that lie in memory as [B, H, W, C]."""
     workers: int | None
     """None lets the kind of data decide."""
     seed: int
@@ -82,6 +84,8 @@ class Settings:
         """
         if not isinstance(stored, Mapping):
             raise TrainingError("the settings are not a table of names and values")
+        # Runs from before there was a choice had none of it.
+        stored = {"channels_last": False, **stored}
         names = {field.name for field in fields(cls)}
         if set(stored) != names:
             odd = sorted(map(str, names.symmetric_difference(stored)))
@@ -106,6 +110,10 @@ def _is_float(value: object) -> bool:
     return _is_int(value) or isinstance(value, float)
 
 
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_str(value: object) -> bool:
     return isinstance(value, str)
 
@@ -127,7 +135,8 @@ _TYPES = {
     "iterations": _is_int,
     "routing_grad": _is_str,
     "backend": lambda value: value is None or _is_str(value),
-    "amp": lambda value: isinstance(value, bool),
+    "amp": _is_bool,
+    "channels_last": _is_bool,
     "workers": _is_optional_int,
     "seed": _is_int,
     "device": _is_str,

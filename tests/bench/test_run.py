@@ -11,6 +11,7 @@ import pytest
 
 from bench import ceilings, compare, end_to_end, machine, memory, run
 from bench.cases import MAIN, Case
+from caps_kernels import backends
 
 TINY = replace(MAIN, batch=2, in_capsules=4, compile=False, extras=(), memory=False)
 
@@ -102,5 +103,16 @@ def test_a_step_is_taken_apart() -> None:
     ]
     assert 0 < row["capsule_ms"] < row["step_ms"]
     assert row["images_per_second"] == pytest.approx(2000 / row["step_ms"])
-    faster = {**row, "backend": "cpp", "images_per_second": 3 * row["images_per_second"]}
-    assert "| 3.00x |" in end_to_end.table([row, faster])
+    assert not row["default"]
+    faster = {**row, "backend": "cpp", "default": True, "images_per_second": 3 * row["images_per_second"]}
+    table = end_to_end.table([row, faster])
+    assert "| 3.00x |" in table
+    assert "| reference | plain |" in table
+    assert "| cpp | plain * |" in table
+
+
+def test_the_step_of_train_py_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "suits_bfloat16", lambda device: True)
+    best = backends.available()[0]
+    steps = [end_to_end.Step("logo_capsnet", best, variant, 2, "cpu") for variant in end_to_end.VARIANTS]
+    assert [step.variant for step in steps if step.is_default()] == ["channels_last, bfloat16"]

@@ -204,30 +204,3 @@ def test_float32_accuracy_of_routing(isa: str, shape: tuple[int, ...], allowed: 
     assert_near(v, wanted, allowed, "v")
     (got,), (want,) = gradients(v, [votes]), gradients(wanted, [exact])
     assert_near(got, want, allowed_gradient, "gradient of votes")
-
-
-@pytest.mark.long
-def test_more_than_2_to_the_31_elements() -> None:
-    # All but the last lower capsules are 0 and change nothing about the last sample. Takes 9 GB of memory.
-    votes = torch.zeros(2, 2**20 + 7, 64, 16, dtype=torch.bfloat16)
-    votes[-1, -4:] = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(0))
-    last = votes[-1:, -20:].clone().requires_grad_()
-    wanted = dynamic_routing(last, backend="reference")
-    v = dynamic_routing(votes, backend="cpp")
-    assert_near(v[-1:], wanted, 1e-2, "v")
-    votes.requires_grad_()
-    (want,) = torch.autograd.grad(wanted.float().square().sum(), last)
-    (grad,) = torch.autograd.grad(dynamic_routing(votes, backend="cpp")[-1].float().square().sum(), votes)
-    assert_near(grad[-1:, -20:], want, 1e-2, "gradient of votes")
-    del grad
-    votes = votes.detach()
-    v = squash(votes, backend="cpp")
-    assert torch.equal(v[-1, -4:], squash(votes[-1, -4:], backend="cpp"))
-    del v
-    u = torch.arange(2 * (2**20 + 7)).remainder(7).to(torch.bfloat16).view(2, -1, 1).requires_grad_()
-    weight = torch.randn(1, 64, 1, 16, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    predicted = predict_votes(u, weight, positions=2**20 + 7, backend="cpp")
-    assert torch.equal(predicted[-1, -4:], (u[-1, -4:, :, None] * weight[0, :, 0]).detach())
-    (grad_u,) = torch.autograd.grad(predicted, u, votes)
-    wanted_u = (votes[-1, -4:].double() * weight[0, :, 0].double()).sum((1, 2))
-    assert_near(grad_u[-1, -4:, 0], wanted_u, 1e-2, "gradient of u")

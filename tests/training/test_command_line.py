@@ -66,7 +66,7 @@ def test_help_names_every_flag_and_default(capsys: pytest.CaptureFixture[str]) -
         train.main(["--help"])
     text = capsys.readouterr().out
     flags = "data model size classes images-per-class epochs batch-size lr iterations routing-grad"
-    for flag in (flags + " backend amp workers seed device out resume limit-batches").split():
+    for flag in (flags + " backend amp channels-last workers seed device out resume limit-batches").split():
         assert f"--{flag} " in text or f"--{flag}," in text
     assert text.count("default") >= 15
 

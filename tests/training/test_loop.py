@@ -106,6 +106,7 @@ def settings() -> Settings:
         routing_grad="full",
         backend=None,
         amp=False,
+        channels_last=False,
         workers=0,
         seed=0,
         device="cpu",

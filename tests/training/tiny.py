@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from logos.splits import DataError, LogoData
-from training import plots
+from training import learner, plots
 from training.run_dir import write_atomically
 
 CLASSES = ("round", "square", "star")
@@ -99,6 +99,7 @@ class Defaults:
     learning_rate: float = 0.01
     weight_decay: float = 0.01
     presence_threshold: float = 0.5
+    channels_last: bool = False
 
 
 TINY = SimpleNamespace(IMAGE_SIZE=(8, 8), Network=Network, preprocess=preprocess, loss=loss, DEFAULTS=Defaults())
@@ -123,6 +124,7 @@ def install() -> None:
 
     vars(models).update(names=lambda: ("tiny",), get=lambda name: TINY)
     vars(logos)["load"] = data
+    vars(learner)["suits_bfloat16"] = lambda device: False
     replace = os.replace
 
     def replace_between_events(source: Any, target: Any) -> None:
