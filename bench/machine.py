@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -54,6 +56,14 @@ def _proc_bytes(path: str, field: str) -> int:
 def resident() -> int:
     """Bytes of memory this process holds now (Linux, else 0)."""
     return _proc_bytes("/proc/self/status", "VmRSS")
+
+
+def give_memory_back() -> None:
+    """Return what the warm heap holds free to the system (glibc, else nothing): other processes need it too."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_resident() -> int:

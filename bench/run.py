@@ -48,6 +48,7 @@ and that is its result. Close other programs first: shares of a ceiling mean lit
 _HEAP_CASES = ("main", "59-classes")
 _SECONDS_A_CASE = {True: 5.0, False: 12.0}
 _RESERVE = 45.0
+_HEAP_LIMIT = 4 * 2**30
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,6 +138,8 @@ class Run:
                 )
                 self.outcomes[case.name] = outcomes
                 tqdm.write(report.table(case, outcomes, self.record.ceilings) + "\n")
+                if machine.resident() > _HEAP_LIMIT:
+                    machine.give_memory_back()
 
     def _why_not(self, case: Case, reserve: float) -> str | None:
         if self.time_left() < reserve:
