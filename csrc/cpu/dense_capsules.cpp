@@ -407,7 +407,7 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
     a.coefficients = return_coupling ? shelf.take(coefficient_bytes(a, p)) : nullptr;
   });
   // Nanoseconds of a chunk, from the multiplications of one lane or row.
-  const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = a.chunk * J * E / p.lanes;
+  const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = 2 * a.chunk * J * E / p.lanes;
   if (pack) launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
   for (a.t = 0; a.t < iterations; ++a.t) {
     a.keep = return_coupling && a.t == iterations - 1;
@@ -454,7 +454,7 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
     a.coefficients = a.keep ? shelf.take(coefficients) : nullptr;
     a.weight_parts = a.parts > 1 ? shelf.take(a.types * a.parts * J * D * E * p.item) : nullptr;
   });
-  const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = a.chunk * J * E / p.lanes;
+  const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = 2 * a.chunk * J * E / p.lanes;
   if (pack) launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
   launch(p.rows ? rows_start_backward : tiles_start_backward, a, a.tiles, J * E * 16 * iterations);
   if (p.rows) launch(rows_predict, a, a.chunks, predict * B);

@@ -75,10 +75,9 @@ void predict_chunk(const Rows<T>& l, Weights<T>& weights, int64_t chunk, bool su
   for (int64_t n = 0; sum && n < l.B * l.size; ++n) l.partial(chunk, 0)[n] = 0;
   for (int64_t i = i0; i < i1; ++i) {
     const T* matrices = weights(i);
-    prefetch(weights.ahead(i + 2), 0, l.J * l.D * l.E);
     for_blocks<4>(l.B, [&](auto block, int64_t b) __attribute__((always_inline)) {
       constexpr int n = decltype(block)::size;
-      predict_rows<n>(l.u(b, i), l.I * l.D, matrices, l.z, l.votes(b, i), l.I * l.size,
+      predict_rows<n>(l.u(b, i), l.I * l.D, matrices, b == 0 ? weights.ahead(i + 2) : nullptr, l.z, l.votes(b, i), l.I * l.size,
                       sum ? l.partial(chunk, b) : nullptr, l.size);
     });
   }

@@ -21,11 +21,12 @@ CAPS_INLINE Vec<T> load_row(const T* row, int64_t at, int64_t E) {
 // û of `samples` samples for one lower capsule; u and votes of a sample are u_step and votes_step numbers after those
 // of the one before. Adds the votes to `sums` too, sums_step apart, unless it is null.
 template <int samples, typename T>
-CAPS_INLINE void predict_rows(const T* u, int64_t u_step, const T* matrices, Sizes z, T* votes, int64_t votes_step,
+CAPS_INLINE void predict_rows(const T* u, int64_t u_step, const T* matrices, const T* next, Sizes z, T* votes, int64_t votes_step,
                               T* sums, int64_t sums_step) {
   using V = Vec<T>;
   const int64_t width = padded<T>(z.out_dim);
   for (int64_t j = 0; j < z.out_capsules; ++j) {
+    prefetch(next, j * z.in_dim * z.out_dim, z.in_dim * z.out_dim);
     for (int64_t e = 0; e < z.out_dim; e += kLanes<T>) {
       V row[samples] = {};
       for (int64_t d = 0; d < z.in_dim; ++d) {
