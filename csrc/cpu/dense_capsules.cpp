@@ -4,9 +4,9 @@
 // Tiles (caps/dense_tiles.h): samples lie in the SIMD lanes; û and its gradient exist for a few lower capsules and one
 // tile of samples at a time. Forward: the samples of u are packed into tiles; an iteration is a pass over chunks of
 // lower capsules for each tile, whose partial sums are then added in the order of the chunks. Backward: the same passes
-// for t = R … 2, which keep the coefficients c and gb (or not, beyond kCoefficientBudget: then they are computed again),
-// and one last pass that forms gû = Σ_t c^t g^t + gb^t V^{t-1} from them and contracts it at once into grad_u and
-// grad_weight.
+// for t = R … 2, which keep the coefficients c and gb (or not, beyond kCoefficientBudget: then they are computed
+// again), and one last pass that forms gû = Σ_t c^t g^t + gb^t V^{t-1} from them and contracts it at once into grad_u
+// and grad_weight.
 //
 // Rows (caps/dense_rows.h), for few samples: lanes lie along E, and û is computed once and kept, up to kVotesBudget.
 #include <caps/dense.h>
@@ -14,26 +14,26 @@
 namespace caps {
 
 // Behind each kernel, what its chunks are.
-CAPS_KERNEL(tiles_pack, DenseArgs)  // tiles · chunks
-CAPS_KERNEL(tiles_route, DenseArgs)  // chunks · pairs of tiles
+CAPS_KERNEL(tiles_pack, DenseArgs)              // tiles · chunks
+CAPS_KERNEL(tiles_route, DenseArgs)             // chunks · pairs of tiles
 CAPS_KERNEL(tiles_finish_iteration, DenseArgs)  // tiles
-CAPS_KERNEL(tiles_coupling, DenseArgs)  // tiles
-CAPS_KERNEL(tiles_start_backward, DenseArgs)  // tiles
-CAPS_KERNEL(tiles_route_backward, DenseArgs)  // chunks · pairs of tiles
-CAPS_KERNEL(tiles_finish_backward, DenseArgs)  // tiles
-CAPS_KERNEL(tiles_gradients, DenseArgs)  // tasks of types and parts
-CAPS_KERNEL(tiles_weight_parts, DenseArgs)  // types
-CAPS_KERNEL(tiles_bias_gradient, DenseArgs)  // 1
-CAPS_KERNEL(rows_pack, DenseArgs)  // samples
-CAPS_KERNEL(rows_predict, DenseArgs)  // chunks
-CAPS_KERNEL(rows_route, DenseArgs)  // chunks · samples
-CAPS_KERNEL(rows_finish_iteration, DenseArgs)  // samples
-CAPS_KERNEL(rows_coupling, DenseArgs)  // samples
-CAPS_KERNEL(rows_start_backward, DenseArgs)  // samples
-CAPS_KERNEL(rows_route_backward, DenseArgs)  // chunks · samples
-CAPS_KERNEL(rows_finish_backward, DenseArgs)  // samples
-CAPS_KERNEL(rows_gradients, DenseArgs)  // chunks
-CAPS_KERNEL(rows_bias_gradient, DenseArgs)  // 1
+CAPS_KERNEL(tiles_coupling, DenseArgs)          // tiles
+CAPS_KERNEL(tiles_start_backward, DenseArgs)    // tiles
+CAPS_KERNEL(tiles_route_backward, DenseArgs)    // chunks · pairs of tiles
+CAPS_KERNEL(tiles_finish_backward, DenseArgs)   // tiles
+CAPS_KERNEL(tiles_gradients, DenseArgs)         // tasks of types and parts
+CAPS_KERNEL(tiles_weight_parts, DenseArgs)      // types
+CAPS_KERNEL(tiles_bias_gradient, DenseArgs)     // 1
+CAPS_KERNEL(rows_pack, DenseArgs)               // samples
+CAPS_KERNEL(rows_predict, DenseArgs)            // chunks
+CAPS_KERNEL(rows_route, DenseArgs)              // chunks · samples
+CAPS_KERNEL(rows_finish_iteration, DenseArgs)   // samples
+CAPS_KERNEL(rows_coupling, DenseArgs)           // samples
+CAPS_KERNEL(rows_start_backward, DenseArgs)     // samples
+CAPS_KERNEL(rows_route_backward, DenseArgs)     // chunks · samples
+CAPS_KERNEL(rows_finish_backward, DenseArgs)    // samples
+CAPS_KERNEL(rows_gradients, DenseArgs)          // chunks
+CAPS_KERNEL(rows_bias_gradient, DenseArgs)      // 1
 
 }  // namespace caps
 
@@ -59,13 +59,13 @@ void tiles_route(const DenseArgs& args, int64_t begin, int64_t end) {
     const Layout<T> l(args);
     const int64_t c_step = args.keep ? l.I * l.row : l.row;
     for_chunks(l, kPair * (l.tile_size + l.row), begin, end,
-               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u, T* sums,
-                   T* memory) {
+               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u,
+                   T* sums, T* memory) {
                  constexpr int tiles = decltype(pair)::size;
                  if (args.t == 0) return route_uniformly<tiles>(u.u, u.step, weights, l.z, i0, i1, l.uniform(), sums);
                  T* c = args.keep ? l.kept(0, tile, i0) : memory + kPair * l.tile_size;
-                 route<false, tiles, T>(u.u, u.step, weights, l.z, i0, i1, l.V(0, tile), nullptr, sums, memory, args.keep,
-                                        c, nullptr, c_step);
+                 route<false, tiles, T>(u.u, u.step, weights, l.z, i0, i1, l.V(0, tile), nullptr, sums, memory,
+                                        args.keep, c, nullptr, c_step);
                });
   });
 }
@@ -102,8 +102,8 @@ void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
     const Layout<T> l(args);
     const int64_t c_step = args.keep ? l.I * l.row : l.row;
     for_chunks(l, kPair * (l.tile_size + 2 * l.row), begin, end,
-               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u, T* sums,
-                   T* memory) {
+               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u,
+                   T* sums, T* memory) {
                  T* c = args.keep ? l.c(args.t, tile, i0) : memory + kPair * l.tile_size;
                  T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kPair * l.row;
                  route<true, decltype(pair)::size, T>(u.u, u.step, weights, l.z, i0, i1, l.V(args.t - 1, tile),
@@ -287,54 +287,10 @@ void rows_bias_gradient(const DenseArgs& args, int64_t, int64_t) {
 
 #else
 
-#include <caps/op.h>
+#include <caps/dense_plan.h>
 
 namespace caps {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How the sizes of a call and the width of the vectors cut the work; never the number of threads.
-struct Plan {
-  int64_t B, I, J, D, E, item, lanes, tile;  // item: bytes of a number; tile: bytes of a tile
-  bool rows;
-};
-
-// Few samples would leave most lanes of a tile empty, as a small E does those of a row. Shared matrices gain from tiles even so: they stay in cache.
-bool takes_rows(int64_t B, int64_t I, int64_t J, int64_t D, int64_t E, int64_t positions, int64_t item) {
-  const int64_t lanes = vector_bytes() / item, width = ceil_div(E, lanes) * lanes;
-  return positions == 1 && 2 * B * width <= lanes * E && B * I * J * width * item <= kVotesBudget &&
-         B * I * D * item <= kPackBudget;
-}
-
-Plan plan(DenseArgs& a) {
-  Plan p{a.u.size[0], a.u.size[1], a.weight.size[1], a.u.size[2], a.weight.size[3], a.dtype == DType::float64 ? 8 : 4, 0, 0, false};
-  p.lanes = vector_bytes() / p.item;
-  p.rows = takes_rows(p.B, p.I, p.J, p.D, p.E, a.positions, p.item);
-  p.tile = p.J * p.item * (p.rows ? ceil_div(p.E, p.lanes) * p.lanes : p.E * p.lanes);
-  a.tiles = p.rows ? p.B : ceil_div(p.B, p.lanes);
-  // At least 32 tasks; the matrices of a chunk in half of a level 2 cache; at most kPartialBudget. Chunks of
-  // rows are whole vectors of lower capsules, those of tiles whole groups of 4.
-  const int64_t unit = p.rows ? p.lanes : 4;
-  const int64_t enough = std::max(ceil_div(32, a.tiles), ceil_div(p.I * p.J * p.D * p.E * p.item, 512 << 10));
-  const int64_t most = std::max<int64_t>(1, kPartialBudget / (p.tile * a.tiles));
-  a.chunk = ceil_div(ceil_div(p.I, std::min({enough, most, ceil_div(p.I, unit)})), unit) * unit;
-  a.chunks = ceil_div(p.I, a.chunk);
-  a.types = p.I / a.positions;
-  a.parts = a.positions == 1 ? 1 : std::clamp<int64_t>(32 / a.types, 1, ceil_div(a.positions, 4));
-  a.part = ceil_div(ceil_div(a.positions, a.parts), 4) * 4;
-  a.parts = ceil_div(a.positions, a.part);
-  return p;
-}
-
-// Bytes of coefficients for one iteration: c or gb of every lower capsule and parent.
-int64_t coefficient_bytes(const DenseArgs& a, const Plan& p) {
-  return p.rows ? p.B * ceil_div(p.I, p.lanes) * p.lanes * p.J * p.item : a.tiles * p.lanes * p.I * p.J * p.item;
-}
-
-int64_t packed_bytes(const DenseArgs& a, const Plan& p) {
-  return (p.rows ? p.B : a.tiles * p.lanes) * p.I * p.D * p.item;
-}
 
 // Hands out parts of one piece of scratch: first asked for with no memory, to learn the size.
 struct Shelf {
@@ -369,11 +325,6 @@ DenseArgs common_args(const Tensor& u, const Tensor& weight, const std::optional
   return a;
 }
 
-// Whether backward keeps the coefficients of all iterations but the first.
-bool keeps_coefficients(const DenseArgs& a, const Plan& p) {
-  return p.rows || 2 * (a.iterations - 1) * coefficient_bytes(a, p) <= kCoefficientBudget;
-}
-
 // How a call would run, for whoever asks: 0 rows, 1 tiles that keep the coefficients, 2 tiles that do not.
 int64_t dense_capsules_regime(Tensor u, Tensor weight, int64_t positions, int64_t iterations) {
   DenseArgs a = common_args(u, weight, {}, positions, iterations, false, false);
@@ -396,7 +347,7 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   if (return_coupling) a.coupling = view_of<3>(coupling);
   const Plan p = plan(a);
   const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair);
-  const bool pack = packed_bytes(a, p) <= kPackBudget;
+  const bool pack = packs(a, p);
   with_scratch([&](Shelf& shelf) {
     a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
     a.votes = p.rows ? shelf.take(I * all) : nullptr;
@@ -440,9 +391,10 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   a.stream = worth_streaming(grad_weight) && E * int64_t(grad_weight.element_size()) % 64 == 0;
   if (bias) a.grad_bias = view_of<2>(grad_bias);
   const Plan p = plan(a);
-  const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair), coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);
+  const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair),
+                coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);
   a.keep = keeps_coefficients(a, p);
-  const bool pack = packed_bytes(a, p) <= kPackBudget;
+  const bool pack = packs(a, p);
   with_scratch([&](Shelf& shelf) {
     a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
     a.votes = p.rows ? shelf.take(I * all) : nullptr;

@@ -6,12 +6,12 @@
 namespace caps {
 
 // Bytes of scratch: 64 MiB in all, and besides them copies of the total inputs s, V and g [R, B, J, E].
-constexpr int64_t kCoefficientBudget = int64_t{40} << 20;  // coefficients kept between passes over tiles
-constexpr int64_t kPackBudget = int64_t{16} << 20;         // u in tiles; beyond it every pass makes those it needs
-constexpr int64_t kPartialBudget = int64_t{8} << 20;       // partial sums, but for a single chunk
-constexpr int64_t kVotesBudget = int64_t{32} << 20;        // û kept in the regime of rows
-constexpr int kPair = 2;                                   // neighbouring tiles that share one read of W
-constexpr int64_t kGroup = 8;                              // tiles whose gû stay in cache together
+constexpr int64_t kKeptBudget = int64_t{56} << 20;    // coefficients kept between passes over tiles, with u in tiles
+constexpr int64_t kPackBudget = int64_t{16} << 20;    // u in tiles; beyond it every pass makes those it needs
+constexpr int64_t kPartialBudget = int64_t{8} << 20;  // partial sums, but for a single chunk
+constexpr int64_t kVotesBudget = int64_t{32} << 20;   // û kept in the regime of rows
+constexpr int kPair = 2;                              // neighbouring tiles that share one read of W
+constexpr int64_t kGroup = 8;                         // tiles whose gû stay in cache together
 
 struct DenseArgs {
   DType dtype;  // of all tensors but s
@@ -22,19 +22,19 @@ struct DenseArgs {
   bool leaky, last_only;  // last_only: routing_grad="last"
   bool stream;            // grad_weight is so large that it is better written past the caches
 
-  int64_t tiles;                 // of samples; in the regime of rows each sample is one
-  int64_t chunk, chunks;         // lower capsules are cut into `chunks` of `chunk`
-  int64_t types, parts, part;    // last pass over tiles: tasks of 4 types, or of `part` positions of one type
-  int64_t t;                     // the iteration, from 0
-  bool keep;                     // coefficients (backward), couplings (forward, last iteration)
+  int64_t tiles;               // of samples; in the regime of rows each sample is one
+  int64_t chunk, chunks;       // lower capsules are cut into `chunks` of `chunk`
+  int64_t types, parts, part;  // last pass over tiles: tasks of 4 types, or of `part` positions of one type
+  int64_t t;                   // the iteration, from 0
+  bool keep;                   // coefficients (backward), couplings (forward, last iteration)
   // Scratch, numbers of the accumulation type. A tile is [J·E][lanes], or [J][E rounded up] in the regime of rows.
-  void* u_tiles;                 // [tiles][I·D], or null beyond kPackBudget
-  void* votes;                   // rows only: [B][I] tiles
-  void* partial;                 // [chunks][tiles] tiles
-  void* total;                   // [tiles] tiles: forward v; backward Σ gV
-  void *s_tiles, *V, *g;         // [R][tiles] tiles; forward uses one of s_tiles and V
-  void* coefficients;            // backward [R - 1][c, gb][tiles][I·J], forward [tiles][I·J]
-  void* weight_parts;            // [types][parts][J·D·E], null where parts is 1
+  void* u_tiles;          // [tiles][I·D], or null beyond kPackBudget
+  void* votes;            // rows only: [B][I] tiles
+  void* partial;          // [chunks][tiles] tiles
+  void* total;            // [tiles] tiles: forward v; backward Σ gV
+  void *s_tiles, *V, *g;  // [R][tiles] tiles; forward uses one of s_tiles and V
+  void* coefficients;     // backward [R - 1][c, gb][tiles][I·J], forward [tiles][I·J]
+  void* weight_parts;     // [types][parts][J·D·E], null where parts is 1
 };
 
 }  // namespace caps

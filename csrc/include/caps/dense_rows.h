@@ -19,8 +19,15 @@ struct Rows {
   explicit Rows(const DenseArgs& args)
       : a(args),
         z{args.u.size[1], args.weight.size[1], args.u.size[2], args.weight.size[3], args.leaky},
-        B(args.tiles), I(z.in_capsules), J(z.out_capsules), D(z.in_dim), E(z.out_dim), width(padded<T>(E)),
-        size(J * width), row(J * lanes), blocks((I + lanes - 1) / lanes) {}
+        B(args.tiles),
+        I(z.in_capsules),
+        J(z.out_capsules),
+        D(z.in_dim),
+        E(z.out_dim),
+        width(padded<T>(E)),
+        size(J * width),
+        row(J * lanes),
+        blocks((I + lanes - 1) / lanes) {}
 
   T* u(int64_t b, int64_t i) const { return static_cast<T*>(a.u_tiles) + (b * I + i) * D; }
   T* votes(int64_t b, int64_t i) const { return static_cast<T*>(a.votes) + (b * I + i) * size; }
@@ -46,7 +53,8 @@ CAPS_INLINE void write_rows(const Rows<T>& l, const T* rows, out_t* out, int64_t
 template <typename T, typename in_t>
 CAPS_INLINE void read_rows(const Rows<T>& l, const in_t* in, int64_t j_stride, int64_t e_stride, T* rows) {
   for (int64_t j = 0; j < l.J; ++j) {
-    for (int64_t e = 0; e < l.width; ++e) rows[j * l.width + e] = e < l.E ? load_one(in + j * j_stride + e * e_stride) : T(0);
+    for (int64_t e = 0; e < l.width; ++e)
+      rows[j * l.width + e] = e < l.E ? load_one(in + j * j_stride + e * e_stride) : T(0);
   }
 }
 
@@ -77,8 +85,8 @@ void predict_chunk(const Rows<T>& l, Weights<T>& weights, int64_t chunk, bool su
     const T* matrices = weights(i);
     for_blocks<4>(l.B, [&](auto block, int64_t b) __attribute__((always_inline)) {
       constexpr int n = decltype(block)::size;
-      predict_rows<n>(l.u(b, i), l.I * l.D, matrices, b == 0 ? weights.ahead(i + 2) : nullptr, l.z, l.votes(b, i), l.I * l.size,
-                      sum ? l.partial(chunk, b) : nullptr, l.size);
+      predict_rows<n>(l.u(b, i), l.I * l.D, matrices, b == 0 ? weights.ahead(i + 2) : nullptr, l.z, l.votes(b, i),
+                      l.I * l.size, sum ? l.partial(chunk, b) : nullptr, l.size);
     });
   }
 }

@@ -19,13 +19,16 @@ struct Layout {
   explicit Layout(const DenseArgs& args)
       : a(args),
         z{args.u.size[1], args.weight.size[1], args.u.size[2], args.weight.size[3], args.leaky},
-        I(z.in_capsules), J(z.out_capsules), D(z.in_dim), E(z.out_dim), row(J * lanes), tile_size(row * E),
+        I(z.in_capsules),
+        J(z.out_capsules),
+        D(z.in_dim),
+        E(z.out_dim),
+        row(J * lanes),
+        tile_size(row * E),
         all(args.tiles * tile_size) {}
 
   T* u(int64_t tile, int64_t i) const { return static_cast<T*>(a.u_tiles) + (tile * I + i) * D * lanes; }
-  T* partial(int64_t chunk, int64_t tile) const {
-    return static_cast<T*>(a.partial) + chunk * all + tile * tile_size;
-  }
+  T* partial(int64_t chunk, int64_t tile) const { return static_cast<T*>(a.partial) + chunk * all + tile * tile_size; }
   T* total(int64_t tile) const { return static_cast<T*>(a.total) + tile * tile_size; }
   T* s(int64_t t, int64_t tile) const { return static_cast<T*>(a.s_tiles) + t * all + tile * tile_size; }
   T* V(int64_t t, int64_t tile) const { return static_cast<T*>(a.V) + t * all + tile * tile_size; }
@@ -51,7 +54,8 @@ CAPS_INLINE void for_pair(int64_t tiles, const F& f) {
   else f(Block<1>());
 }
 
-// u of lower capsules first … first + count - 1 in some tiles, [D] for each of them, in `tiles` a distance `step` apart.
+// u of lower capsules first … first + count - 1 in some tiles, [D] for each of them, in `tiles` a distance `step`
+// apart.
 template <typename T>
 struct Packed {
   const T* u;
@@ -60,7 +64,8 @@ struct Packed {
   // Where u is not kept in tiles, they are made in `memory`.
   Packed(const Layout<T>& l, int64_t tile, int64_t tiles, int64_t first, int64_t count, T* memory)
       : u(l.a.u_tiles ? l.u(tile, first) : memory), step((l.a.u_tiles ? l.I : count) * l.D * l.lanes) {
-    for (int64_t n = 0; !l.a.u_tiles && n < tiles; ++n) pack(l.a.dtype, l.a.u, tile + n, first, count, memory + n * step);
+    for (int64_t n = 0; !l.a.u_tiles && n < tiles; ++n)
+      pack(l.a.dtype, l.a.u, tile + n, first, count, memory + n * step);
   }
 };
 
@@ -72,8 +77,8 @@ CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t beg
   const DenseArgs& a = l.a;
   Weights<T> weights(a.dtype, a.weight, a.positions);
   const int64_t own = (memory_size + 15) / 16 * 16, packed = a.u_tiles ? 0 : kPair * a.chunk * l.D * l.lanes;
-  T* memory = static_cast<T*>(
-      scratch(Scratch::chunk, (own + packed + weights.copy_size(a.chunk)) * int64_t(sizeof(T))));
+  T* memory =
+      static_cast<T*>(scratch(Scratch::chunk, (own + packed + weights.copy_size(a.chunk)) * int64_t(sizeof(T))));
   weights.use_memory(memory + own + packed);
   const int64_t pairs = (a.tiles + kPair - 1) / kPair;
   for (int64_t task = begin; task < end; ++task) {
@@ -83,7 +88,8 @@ CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t beg
     T* sums = l.partial(chunk, tile);
     for (int64_t n = 0; n < tiles * l.tile_size; ++n) sums[n] = 0;
     const Packed<T> u(l, tile, tiles, i0, i1 - i0, memory + own);
-    for_pair(tiles, [&](auto pair) __attribute__((always_inline)) { body(pair, weights, i0, i1, tile, u, sums, memory); });
+    for_pair(tiles,
+             [&](auto pair) __attribute__((always_inline)) { body(pair, weights, i0, i1, tile, u, sums, memory); });
   }
 }
 
@@ -105,7 +111,8 @@ void finish_iteration(const Layout<T>& l, int64_t tile) {
     dispatch_floating(a.dtype, [&]<typename scalar_t>() {
       if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
         for (int64_t n = 0; n < l.J * l.E; ++n) {
-          const auto* bias = static_cast<const scalar_t*>(a.bias.data) + n / l.E * a.bias.stride[0] + n % l.E * a.bias.stride[1];
+          const auto* bias =
+              static_cast<const scalar_t*>(a.bias.data) + n / l.E * a.bias.stride[0] + n % l.E * a.bias.stride[1];
           store(s + n * lanes, load<Vec<T>>(s + n * lanes) + load_one(bias));
         }
       }
@@ -160,11 +167,17 @@ class Gradients {
 
  public:
   explicit Gradients(const Layout<T>& layout)
-      : l_(layout), a_(layout.a), weights_(a_.dtype, a_.weight, a_.positions), group_(min_of(a_.tiles, kGroup)),
-        first_(a_.last_only ? a_.iterations - 1 : 0), matrices_(l_.J * l_.D * l_.E), uniform_(l_.uniform()) {
+      : l_(layout),
+        a_(layout.a),
+        weights_(a_.dtype, a_.weight, a_.positions),
+        group_(min_of(a_.tiles, kGroup)),
+        first_(a_.last_only ? a_.iterations - 1 : 0),
+        matrices_(l_.J * l_.D * l_.E),
+        uniform_(l_.uniform()) {
     const int64_t own = a_.keep ? 0 : kPair * l_.tile_size + 2 * (a_.iterations - 1) * group_ * kShared * l_.row;
     const int64_t packed = a_.u_tiles ? 0 : kShared * group_ * l_.D * lanes;
-    const int64_t sizes[] = {kShared * group_ * l_.D * lanes, packed, kShared * group_ * l_.E * lanes, own,
+    const int64_t sizes[] = {kShared * group_ * l_.D * lanes,      packed,
+                             kShared * group_ * l_.E * lanes,      own,
                              (kShared * matrices_ + 15) / 16 * 16, weights_.copy_size(kShared)};
     int64_t size = 0;
     for (int64_t n : sizes) size += n;
@@ -185,7 +198,7 @@ class Gradients {
     const int64_t i0 = t0 * P + part * a_.part, i1 = P == 1 ? i0 + types : t0 * P + min_of((part + 1) * a_.part, P);
     // Sums are taken in the result itself where it is of their type.
     const bool direct = !a_.weight_parts && a_.dtype == Layout<T>::sums_dtype;
-    T* sums = direct ? static_cast<T*>(a_.grad_weight.data) + t0 * matrices_
+    T* sums = direct            ? static_cast<T*>(a_.grad_weight.data) + t0 * matrices_
               : a_.weight_parts ? static_cast<T*>(a_.weight_parts) + task * matrices_
                                 : grad_weight_;
     for (int64_t i = i0; i < i1; i += kShared) {
@@ -197,7 +210,8 @@ class Gradients {
         capsules(i, count, tile, min_of(a_.tiles - tile, group_), sums, how);
       }
     }
-    for (int64_t t = 0; !direct && !a_.weight_parts && t < types; ++t) write_weight(l_, t0 + t, grad_weight_ + t * matrices_);
+    for (int64_t t = 0; !direct && !a_.weight_parts && t < types; ++t)
+      write_weight(l_, t0 + t, grad_weight_ + t * matrices_);
   }
 
   static void write_weight(const Layout<T>& l, int64_t type, const T* sums) {
@@ -227,13 +241,14 @@ class Gradients {
         T* grad_votes = grad_votes_ + tile * step;
         for (int64_t n = 0; n < some; ++n) {
           for_blocks<kVotes / 4>(count, [&](auto block, int64_t k) __attribute__((always_inline)) {
-            votes_gradient<decltype(block)::size>(i, k, j, tile0, tile + n, grad_votes + (k * tiles + n) * step, tiles * step);
+            votes_gradient<decltype(block)::size>(i, k, j, tile0, tile + n, grad_votes + (k * tiles + n) * step,
+                                                  tiles * step);
           });
         }
         for (int64_t k = 0; k < count; ++k) {
           for_pair(some, [&](auto pair) __attribute__((always_inline)) {
-            add_input_gradient<decltype(pair)::size>(grad_votes + k * tiles * step, step, weights_(i + k) + j * matrix, l_.D,
-                                                     l_.E, grad_u_ + (tile * count + k) * u_step, count * u_step);
+            add_input_gradient<decltype(pair)::size>(grad_votes + k * tiles * step, step, weights_(i + k) + j * matrix,
+                                                     l_.D, l_.E, grad_u_ + (tile * count + k) * u_step, count * u_step);
           });
         }
       }
@@ -242,8 +257,8 @@ class Gradients {
         const bool shared = a_.positions > 1;
         T* out = sums + (shared ? 0 : k * matrices_) + j * matrix;
         const auto weight_gradient = tiles <= kPair ? weight_gradient_of_few<T> : weight_gradient_of_many<T>;
-        weight_gradient(u.u + k * u_step, u.step, grad_votes_ + k * tiles * step, step, tiles, l_.D,
-                        l_.E, out, shared && k > 0 ? Write::add : how);
+        weight_gradient(u.u + k * u_step, u.step, grad_votes_ + k * tiles * step, step, tiles, l_.D, l_.E, out,
+                        shared && k > 0 ? Write::add : how);
       }
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -255,14 +270,29 @@ class Gradients {
   T* own(int64_t t, int64_t which, int64_t tile) const {
     return own_ + kPair * l_.tile_size + ((2 * (t - 1) + which) * group_ + tile) * kShared * l_.row;
   }
+  // û is made once for all iterations.
   void compute_coefficients(const Packed<T>& u, int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
-    for (int64_t t = first_ > 0 ? first_ : 1; t < a_.iterations; ++t) {
-      for (int64_t n = 0; n < tiles; n += kPair) {
-        const T *V = l_.V(t - 1, tile0 + n), *g = l_.g(t, tile0 + n);
-        for_pair(min_of(tiles - n, kPair), [&](auto pair) __attribute__((always_inline)) {
-          route<true, decltype(pair)::size, T>(u.u + n * u.step, u.step, weights_, l_.z, i, i + count, V, g,
-                                               nullptr, own_, true, own(t, 0, n), own(t, 1, n), kShared * l_.row);
-        });
+    for (int64_t n = 0; n < tiles; n += kPair) {
+      for_pair(min_of(tiles - n, kPair), [&](auto pair) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < count; ++k) {
+          coefficients_of_one<decltype(pair)::size>(u.u + n * u.step + k * l_.D * lanes, u.step, i + k, k, tile0, n);
+        }
+      });
+    }
+  }
+
+  template <int tiles>
+  void coefficients_of_one(const T* u, int64_t u_step, int64_t i, int64_t k, int64_t tile0, int64_t n) {
+    const int64_t begin = first_ > 0 ? first_ : 1, step = kShared * l_.row;
+    for (int64_t t = begin; t < a_.iterations; ++t) {
+      const T *Vt = l_.V(t - 1, tile0 + n), *g = l_.g(t, tile0 + n);
+      T *c = own(t, 0, n) + k * l_.row, *gb = own(t, 1, n) + k * l_.row;
+      if (t == begin)
+        votes_and_dots<true, tiles>(u, u_step, weights_(i), weights_.ahead(i + 1), l_.z, Vt, g, own_, c, gb, step);
+      else dots_of_votes<tiles>(own_, l_.z, Vt, g, c, gb, step);
+      for (int q = 0; q < tiles; ++q) {
+        softmax(c + q * step, l_.J, l_.z.leaky);
+        softmax_backward(c + q * step, gb + q * step, l_.J);
       }
     }
   }

@@ -21,8 +21,8 @@ CAPS_INLINE Vec<T> load_row(const T* row, int64_t at, int64_t E) {
 // û of `samples` samples for one lower capsule; u and votes of a sample are u_step and votes_step numbers after those
 // of the one before. Adds the votes to `sums` too, sums_step apart, unless it is null.
 template <int samples, typename T>
-CAPS_INLINE void predict_rows(const T* u, int64_t u_step, const T* matrices, const T* next, Sizes z, T* votes, int64_t votes_step,
-                              T* sums, int64_t sums_step) {
+CAPS_INLINE void predict_rows(const T* u, int64_t u_step, const T* matrices, const T* next, Sizes z, T* votes,
+                              int64_t votes_step, T* sums, int64_t sums_step) {
   using V = Vec<T>;
   const int64_t width = padded<T>(z.out_dim);
   for (int64_t j = 0; j < z.out_capsules; ++j) {
@@ -103,11 +103,11 @@ void route_rows(const T* votes, int64_t capsules, Sizes z, const T* V, const T* 
   }
 }
 
-// For one lower capsule, from gû [samples][J][padded]: grad_W [J][D][E] of all samples, and each sample's grad_u [D], to
-// places grad_u_step apart.
+// For one lower capsule, from gû [samples][J][padded]: grad_W [J][D][E] of all samples, and each sample's grad_u [D],
+// to places grad_u_step apart.
 template <int samples, typename T>
-CAPS_INLINE void row_gradients(const T* grad_votes, const T* u, int64_t u_step, const T* matrices, Sizes z, T* grad_weight,
-                               Write how, T* grad_u, int64_t grad_u_step) {
+CAPS_INLINE void row_gradients(const T* grad_votes, const T* u, int64_t u_step, const T* matrices, Sizes z,
+                               T* grad_weight, Write how, T* grad_u, int64_t grad_u_step) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   const int64_t J = z.out_capsules, D = z.in_dim, E = z.out_dim, width = padded<T>(E), size = J * width;

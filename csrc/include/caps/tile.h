@@ -22,7 +22,8 @@ CAPS_INLINE void widen_row(const scalar_t* from, int64_t stride, int64_t count, 
   constexpr int n = kLanes<T>;
   for (int64_t at = 0; at < count; at += n) {
     const int64_t some = min_of(count - at, n);
-    const auto x = stride == 1 ? load_some<Vec<T>>(from + at, some) : load_strided<Vec<T>>(from + at * stride, stride, some);
+    const auto x =
+        stride == 1 ? load_some<Vec<T>>(from + at, some) : load_strided<Vec<T>>(from + at * stride, stride, some);
     store_some(to + at, x, some);
   }
 }
@@ -139,7 +140,10 @@ template <typename T>
 class Weights {
  public:
   Weights(DType dtype, const View<4>& weight, int64_t positions)
-      : dtype_(dtype), weight_(weight), positions_(positions), block_(weight.size[1] * weight.size[2] * weight.size[3]) {
+      : dtype_(dtype),
+        weight_(weight),
+        positions_(positions),
+        block_(weight.size[1] * weight.size[2] * weight.size[3]) {
     in_place_ = dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32) && weight.stride[3] == 1 &&
                 weight.stride[2] == weight.size[3] && weight.stride[1] == weight.size[2] * weight.size[3];
   }

@@ -44,8 +44,8 @@ CAPS_INLINE void add_votes(const T* u, int64_t u_step, const T* matrix, int64_t 
   }
 }
 
-// s [tiles][J·E] += coupling · Σ_i û_i: the first iteration, in which all couplings are alike. u: of capsule `first`. A few lower capsules at
-// a time, so that W is read in the order in which it lies in memory.
+// s [tiles][J·E] += coupling · Σ_i û_i: the first iteration, in which all couplings are alike. u: of capsule `first`. A
+// few lower capsules at a time, so that W is read in the order in which it lies in memory.
 template <int tiles, typename T>
 void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last,
                      T coupling, T* s) {
@@ -59,21 +59,23 @@ void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Size
         constexpr int n = decltype(block)::size;
         Vec<T> sums[tiles * n] = {};
         for (int64_t k = i; k < end; ++k) {
-          add_votes<n, tiles>(u + (k - first) * z.in_dim * lanes, u_step, weights(k) + j * matrix + e0, z.in_dim, z.out_dim, sums);
+          add_votes<n, tiles>(u + (k - first) * z.in_dim * lanes, u_step, weights(k) + j * matrix + e0, z.in_dim,
+                              z.out_dim, sums);
         }
 #pragma GCC unroll 4
         for (int k = 0; k < tiles; ++k) {
           T* out = s + k * size + (j * z.out_dim + e0) * lanes;
 #pragma GCC unroll 16
-          for (int e = 0; e < n; ++e) store(out + e * lanes, load<Vec<T>>(out + e * lanes) + coupling * sums[k * n + e]);
+          for (int e = 0; e < n; ++e)
+            store(out + e * lanes, load<Vec<T>>(out + e * lanes) + coupling * sums[k * n + e]);
         }
       });
     }
   }
 }
 
-// û_i [tiles][J·E] of one lower capsule, its dot products [tiles][J] with V and, in backward, with g. next: the matrices
-// of the one after it, or null.
+// û_i [tiles][J·E] of one lower capsule, its dot products [tiles][J] with V and, in backward, with g. next: the
+// matrices of the one after it, or null.
 template <bool backward, int tiles, typename T>
 CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const T* matrices, const T* next, Sizes z, const T* V,
                                 const T* g, T* votes, T* with_V, T* with_g, int64_t dots_step) {
@@ -105,6 +107,34 @@ CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const T* matrices, c
   }
 }
 
+// The same dot products of û that was made before, [tiles][J·E].
+template <int tiles, typename T>
+void dots_of_votes(const T* votes, Sizes z, const T* V, const T* g, T* with_V, T* with_g, int64_t dots_step) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t J = z.out_capsules, length = z.out_dim * lanes;
+  for (int k = 0; k < tiles; ++k) {
+    for (int64_t j = 0; j < J; ++j) {
+      Vec<T> dots[4] = {};
+      const int64_t begin = (k * J + j) * length, end = begin + length;
+      int64_t at = begin;
+      for (; at + lanes < end; at += 2 * lanes) {
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; ++n) {
+          const auto x = load<Vec<T>>(votes + at + n * lanes);
+          dots[n] += x * load<Vec<T>>(V + at + n * lanes);
+          dots[2 + n] += x * load<Vec<T>>(g + at + n * lanes);
+        }
+      }
+      if (at < end) {
+        dots[0] += load<Vec<T>>(votes + at) * load<Vec<T>>(V + at);
+        dots[2] += load<Vec<T>>(votes + at) * load<Vec<T>>(g + at);
+      }
+      store(with_V + k * dots_step + j * lanes, dots[0] + dots[1]);
+      store(with_g + k * dots_step + j * lanes, dots[2] + dots[3]);
+    }
+  }
+}
+
 // sums [J·E] += factor [J] · votes [J·E]
 template <typename T>
 CAPS_INLINE void add_weighted(const T* votes, const T* factors, Sizes z, T* sums) {
@@ -120,16 +150,16 @@ CAPS_INLINE void add_weighted(const T* votes, const T* factors, Sizes z, T* sums
 // One iteration over lower capsules first … last - 1 of neighbouring tiles:  c_i = softmax(û_i · V), and
 //   forward:  sums += Σ_i c_i û_i                            (s)
 //   backward: gb_i = c_i (gc_i - Σ_j c_i gc_i), gc_i = g · û_i, and sums += Σ_i gb_i û_i   (gV), unless `sums` is null
-// u: of capsule `first`. V, g, sums: [tiles][J·E]. c, gb: [last - first][J] of each tile c_step apart, or where not `keep` [J], that each lower
-// capsule writes over. votes: room for [tiles][J·E].
+// u: of capsule `first`. V, g, sums: [tiles][J·E]. c, gb: [last - first][J] of each tile c_step apart, or where not
+// `keep` [J], that each lower capsule writes over. votes: room for [tiles][J·E].
 template <bool backward, int tiles, typename T>
 void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last, const T* V,
            const T* g, T* sums, T* votes, bool keep, T* c, T* gb, int64_t c_step) {
   constexpr int lanes = kLanes<T>;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim;
   for (int64_t i = first; i < last; ++i) {
-    votes_and_dots<backward, tiles>(u + (i - first) * z.in_dim * lanes, u_step, weights(i), weights.ahead(i + 1),
-                                    z, V, g, votes, c, gb, c_step);
+    votes_and_dots<backward, tiles>(u + (i - first) * z.in_dim * lanes, u_step, weights(i), weights.ahead(i + 1), z, V,
+                                    g, votes, c, gb, c_step);
 #pragma GCC unroll 4
     for (int k = 0; k < tiles; ++k) {
       T *ck = c + k * c_step, *gk = backward ? gb + k * c_step : nullptr;
@@ -143,8 +173,8 @@ void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64
 
 // grad_u [tiles][D] += Σ_e W_de gû_e for one parent; tiles of gû and of grad_u lie g_step and u_step numbers apart.
 template <int tiles, typename T>
-CAPS_INLINE void add_input_gradient(const T* grad_votes, int64_t g_step, const T* matrix, int64_t D, int64_t E, T* grad_u,
-                                    int64_t u_step) {
+CAPS_INLINE void add_input_gradient(const T* grad_votes, int64_t g_step, const T* matrix, int64_t D, int64_t E,
+                                    T* grad_u, int64_t u_step) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   for_blocks<kVotes / 2>(D, [&](auto block, int64_t d0) __attribute__((always_inline)) {
@@ -176,8 +206,8 @@ CAPS_INLINE void add_input_gradient(const T* grad_votes, int64_t g_step, const T
 // Of two vectors a and b, the runs of `run` lanes with number 2m + half, those of a at places 2m, those of b at 2m + 1.
 template <int run, int half, typename V, int... lane>
 CAPS_INLINE V alternate(V a, V b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, (lane / (2 * run) * (2 * run) + half * run + lane % run +
-                                        lane / run % 2 * kLanesOf<V>)...);
+  return __builtin_shufflevector(
+      a, b, (lane / (2 * run) * (2 * run) + half * run + lane % run + lane / run % 2 * kLanesOf<V>)...);
 }
 
 // A vector whose lane k is the sum over the lanes of vectors[k], pairwise.
@@ -262,7 +292,8 @@ void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int
       const int64_t count = min_of(E - e0, lanes);
       V square[lanes];
 #pragma GCC unroll 16
-      for (int e = 0; e < lanes; ++e) square[e] = e < count ? load<V>(grad_votes + tile * g_step + (e0 + e) * lanes) : V{};
+      for (int e = 0; e < lanes; ++e)
+        square[e] = e < count ? load<V>(grad_votes + tile * g_step + (e0 + e) * lanes) : V{};
       transpose(square);
       for_blocks<kVotes / 2>(D, [&](auto rows, int64_t d0) __attribute__((always_inline)) {
         constexpr int n = decltype(rows)::size;
