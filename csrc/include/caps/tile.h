@@ -29,8 +29,7 @@ CAPS_INLINE void widen_row(const scalar_t* from, int64_t stride, int64_t count, 
 }
 
 // Whether the numbers of a sample lie one after the other.
-template <int rank>
-CAPS_INLINE bool rows_are_consecutive(const View<rank>& x) {
+CAPS_INLINE bool rows_are_consecutive(const View<3>& x) {
   return x.stride[2] == 1 && (x.stride[1] == x.size[2] || x.size[1] == 1);
 }
 
