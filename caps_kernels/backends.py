@@ -7,6 +7,8 @@ not take a call, and `use(name)` chooses one for a block of code. Without a choi
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +43,8 @@ class Backend:
     """Device types it runs on; None stands for all of them."""
     missing: Callable[[], str | None]
     """Why it cannot run anything here, or None where it can."""
+    without_device: str = "no CUDA device"
+    """What to say where this machine has none of its devices."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,21 @@ class Implementation:
     """Why it cannot run these arguments (a dtype it lacks, say), or None."""
     regime: Callable[..., str] = lambda *_: "plain"
     """Which of its kernels or tilings would run these arguments."""
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """An implementation that runs whatever the op takes, in a module that is imported when it is first needed: for
+    backends whose language is slow to import.
+    """
+
+    module: str
+    """It holds `IMPLEMENTATION`, an `Implementation` without a `why_not`."""
+
+    def load(self) -> Implementation:
+        """The implementation. Raises ImportError."""
+        implementation: Implementation = importlib.import_module(self.module).IMPLEMENTATION
+        return implementation
 
 
 @dataclass(frozen=True)
@@ -79,11 +98,28 @@ class Explanation(tuple[Verdict, ...]):
         return "\n".join(map(str, self))
 
 
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether Triton interprets kernels instead of compiling them, in which case they run on the CPU; Triton, too, decides
+it once, when it reads a kernel."""
+
+
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+
+
+_TRITON_MISSING = _triton_missing()
+
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cuda", "CUDA C++, NVIDIA GPUs", ("cuda",), lambda: _extension.MISSING["cuda"]),
-        Backend("triton", "Triton, GPUs", ("cuda",), lambda: None),
+        Backend(
+            "triton",
+            "Triton, GPUs",
+            ("cpu", "cuda") if TRITON_INTERPRETS else ("cuda",),
+            lambda: _TRITON_MISSING,
+            "no CUDA device (TRITON_INTERPRET=1 runs it on CPU tensors, slowly)",
+        ),
         Backend("cpp", "C++, CPU", ("cpu",), lambda: _extension.MISSING["cpp"]),
         Backend("reference", "eager PyTorch, any device: the specification", None, lambda: None),
     )
@@ -91,7 +127,7 @@ BACKENDS = {
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _PREPARE: dict[str, Callable[..., tuple[Any, ...]]] = {}
-_IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
+_IMPLEMENTATIONS: dict[tuple[str, str], Implementation | Lazy] = {}
 _WARNED: set[str] = set()
 _CHOSEN: ContextVar[str | None] = ContextVar("caps_kernels_backend", default=None)
 
@@ -101,7 +137,7 @@ def register_op(op: str, prepare: Callable[..., tuple[Any, ...]]) -> None:
     _PREPARE[op] = prepare
 
 
-def register(op: str, backend: str, implementation: Implementation) -> None:
+def register(op: str, backend: str, implementation: Implementation | Lazy) -> None:
     """Let `backend` run `op`."""
     _IMPLEMENTATIONS[op, backend] = implementation
 
@@ -116,6 +152,8 @@ def implementation(op: str, backend: str) -> Implementation:
     found = _IMPLEMENTATIONS.get((op, backend))
     if found is None:
         raise BackendError(f"{op} has no implementation on backend {backend!r}")
+    if isinstance(found, Lazy):
+        found = _IMPLEMENTATIONS[op, backend] = found.load()
     return found
 
 
@@ -133,7 +171,7 @@ def lacking(op: str, backend: str) -> str | None:
         return f"{op} is not written for it yet"
     devices = BACKENDS[backend].devices
     if devices is not None and "cpu" not in devices and not torch.cuda.is_available():
-        return "no CUDA device"
+        return BACKENDS[backend].without_device
     return None
 
 
@@ -144,7 +182,10 @@ def why_not(op: str, backend: str, args: Sequence[Any]) -> str | None:
     if devices is not None and device not in devices:
         return f"it runs on {' and '.join(devices)} tensors, these are on {device}"
     reason = lacking(op, backend)
-    return reason if reason is not None else _IMPLEMENTATIONS[op, backend].why_not(*args)
+    if reason is not None:
+        return reason
+    found = _IMPLEMENTATIONS[op, backend]
+    return None if isinstance(found, Lazy) else found.why_not(*args)
 
 
 def select(op: str, args: Sequence[Any], backend: str | None = None, *, warn: bool = True) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -247,3 +250,37 @@ def test_a_device_nobody_has_kernels_for_gets_the_reference_without_a_warning(fa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.select("squash", (torch.ones(2, 3, device="meta"), -1)) == "reference"
+
+
+def test_a_lazy_implementation_is_imported_when_it_is_first_needed(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("a_slow_language")
+    module.IMPLEMENTATION = fake.implementation  # type: ignore[attr-defined]
+    backends.register("squash", "fake", backends.Lazy("a_slow_language"))
+    assert backends.select("squash", (SHORT, -1)) == "fake"
+    with pytest.raises(ImportError, match="a_slow_language"):
+        functional.squash(SHORT)
+    monkeypatch.setitem(sys.modules, "a_slow_language", module)
+    assert ran_on(fake) == "fake"
+    assert backends.implementation("squash", "fake") is fake.implementation
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = "import sys, caps_kernels; print([name for name in sys.modules if name.split('.')[0] == 'triton'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_triton_says_what_it_lacks() -> None:
+    if backends.BACKENDS["triton"].missing() is not None:
+        assert backends.lacking("squash", "triton") == "triton is not installed"
+    elif not torch.cuda.is_available() and not backends.TRITON_INTERPRETS:
+        assert backends.lacking("squash", "triton") == (
+            "no CUDA device (TRITON_INTERPRET=1 runs it on CPU tensors, slowly)"
+        )
+    else:
+        assert backends.lacking("squash", "triton") is None
+
+
+def test_triton_is_never_chosen_for_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    assert backends.select("squash", (SHORT, -1)) in ("cpp", "reference")

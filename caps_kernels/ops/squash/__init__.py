@@ -48,6 +48,7 @@ def _prepare(s: Tensor, dim: int = -1) -> tuple[Any, ...]:
 backends.register_op("squash", _prepare)
 backends.register("squash", "reference", _REFERENCE)
 backends.register("squash", "cpp", cpp.IMPLEMENTATION)
+backends.register("squash", "triton", backends.Lazy("caps_kernels.ops.squash.triton"))
 
 
 def squash(s: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:

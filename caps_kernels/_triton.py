@@ -1,0 +1,174 @@
+"""What Triton kernels share: how they are launched, in which precision they compute, and what is compiled of them.
+
+Rules of every kernel here:
+
+- Grids have one dimension, which may be as large as 2³¹ - 1 (the others end at 65,535), and positions in memory are
+  computed in 64 bits: `program(0)` gives the program's number so.
+- Numbers are loaded with `load`, which converts them to the dtype of their sums at once (Triton's interpreter computes
+  wrongly with bfloat16 as it is), and stored with `store`, which rounds.
+- Tiles have sizes that are powers of two, of which a mask leaves the part that is there.
+- Sums go over tiles in an order that the shapes alone decide, without atomic operations.
+
+All launches go through `launch`, where `recording` counts them, or collects them without running any, so that what is
+counted and what is compiled ahead of time is what a call does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from caps_kernels.ops.precision import accumulation_dtype
+
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A call that `python -m caps_kernels.inspect` compiles for and counts: an op names one for each of its tilings."""
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    """The tensors' shapes, by the names of the public function's arguments."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and how it was started."""
+
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    """The kernel's compile-time arguments: sizes of tiles and what a variant leaves out."""
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        name: str = self.kernel.__name__
+        return name
+
+
+@dataclass(frozen=True)
+class _Record:
+    launches: list[Launch]
+    architecture: str | None
+
+
+_RECORD: ContextVar[_Record | None] = ContextVar("caps_kernels_record", default=None)
+
+
+def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
+    """Start `programs` programs of a kernel on its first tensor's device.
+
+    Args:
+        kernel: a `triton.jit` function.
+        programs: how many; none start nothing.
+        *args: its tensors and integers.
+        warps: how many warps share a program.
+        stages: how many iterations of a loop the compiler may load ahead.
+        **constants: its compile-time arguments.
+    """
+    if programs == 0:
+        return
+    record = _RECORD.get()
+    if record is not None:
+        record.launches.append(Launch(kernel, programs, args, constants, warps, stages))
+        if record.architecture is not None:
+            return
+    # A GPU makes inf and NaN without a word; the interpreter's NumPy shall too.
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), np.errstate(all="ignore"):
+        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+
+
+@contextmanager
+def recording(architecture: str | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches of a block. With an architecture ("sm_90", "gfx942") collect what would be launched there
+    and run nothing: the block's tensors may be on "meta".
+    """
+    record = _Record([], architecture)
+    token = _RECORD.set(record)
+    try:
+        yield record.launches
+    finally:
+        _RECORD.reset(token)
+
+
+def architecture(tensor: Tensor) -> str:
+    """For whom kernels on a tensor are compiled: "sm_90", "gfx942" or "interpreter"."""
+    record = _RECORD.get()
+    if record is not None and record.architecture is not None:
+        return record.architecture
+    return _architecture(tensor.device.index) if tensor.is_cuda else "interpreter"
+
+
+@cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(index).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The Triton type in which kernels compute on tensors of a dtype."""
+    return TYPES[accumulation_dtype(dtype)]
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """How `tl.dot` multiplies float32: "ieee", as exactly as float32 goes, or "tf32" where the user has allowed it.
+
+    It follows PyTorch's own setting, `torch.backends.cuda.matmul.fp32_precision`, of which
+    `torch.set_float32_matmul_precision` ("high", "medium") and `torch.backends.cuda.matmul.allow_tf32` are older names;
+    PyTorch's default is exact. AMD GPUs always compute exactly. Other dtypes are not concerned.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and architecture(tensor).startswith("sm_") else "ieee"
+
+
+def padded(size: int, least: int = 1) -> int:
+    """The power of two that holds `size`, and not less than `least`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def strides(tensor: Tensor, dims: Sequence[int]) -> tuple[int, ...]:
+    """A tensor's strides along some dimensions; 0 along those of size 1, whose strides mean nothing."""
+    return tuple(tensor.stride(d) if tensor.shape[d] != 1 else 0 for d in dims)
+
+
+@triton.jit
+def program():
+    """This program's number, in 64 bits."""
+    return tl.program_id(0).to(tl.int64)
+
+
+@triton.jit
+def load(pointers, mask, TYPE: tl.constexpr):
+    """Numbers from memory in the type in which they are computed with; 0 where the mask is false."""
+    return tl.load(pointers, mask=mask, other=0.0).to(TYPE)
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Round numbers to the type of memory and write those that the mask admits."""
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
