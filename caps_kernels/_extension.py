@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 BUILD_REPORT = Path(__file__).with_name("_build.json")
 """Written by setup.py: for each compiled backend "built", or why it was not."""
 
@@ -29,6 +31,8 @@ def _load(backend: str, report: dict[str, str]) -> str | None:
     reason = report.get(backend, "setup.py has not built it; run `pip install -e .`")
     if reason != "built":
         return reason
+    if backend == "cuda" and torch.version.cuda is None:
+        return "this torch has no CUDA"
     try:
         importlib.import_module(f"caps_kernels._{backend}")
     except (ImportError, OSError) as error:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from caps_kernels import _extension
 
@@ -35,6 +36,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.delenv("CAPS_BUILD", raising=False)
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(module, "torch_cuda", lambda: "13.0")
     tools(monkeypatch)
     return module
 
@@ -155,7 +158,7 @@ done
 def compiler(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A compiler that writes empty files and a log, which is returned; it fails while the file "broken" is there."""
     add_sources(tmp_path)
-    for name in ("csrc/library.cpp", "header.h"):
+    for name in ("csrc/library.cpp", "csrc/cuda/library.cu", "header.h"):
         (tmp_path / name).write_text("", encoding="utf-8")
     log, path = tmp_path / "log", tmp_path / "compiler"
     names = {"log": log, "broken": tmp_path / "broken", "header": tmp_path / "header.h"}
@@ -217,6 +220,105 @@ def test_a_failed_build_leaves_what_the_compiler_said(
     (tmp_path / "broken").unlink()
     build(script, tmp_path / "lib")
     assert report_in(tmp_path / "lib")["cpp"] == "built"
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  --dryrun*) echo '#$ _SPACE_= '; echo '#$ TOP={top}'; exit 0 ;;
+  --list-gpu-code*) printf '%s\\n' {codes}; exit 0 ;;
+esac
+. {compiler}
+"""
+
+
+@pytest.fixture
+def nvcc(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvcc as `compiler`, found through a script elsewhere that runs it; its toolkit is returned."""
+    top = tmp_path / "toolkit"
+    (top / "bin").mkdir(parents=True)
+    real, wrapper = top / "bin" / "nvcc", tmp_path / "nvcc"
+    names = {"top": top / "bin" / "..", "codes": "sm_80 sm_90", "compiler": tmp_path / "compiler"}
+    real.write_text(NVCC.format(**names), encoding="utf-8")
+    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n', encoding="utf-8")
+    for path in (real, wrapper):
+        path.chmod(0o755)
+    found = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: str(wrapper) if name == "nvcc" else found(name))
+    return top
+
+
+def test_a_torch_without_cuda_is_the_reason(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_sources(tmp_path)
+    tools(monkeypatch, "c++", "nvcc")
+    monkeypatch.setattr(script, "torch_cuda", lambda: None)
+    assert script.why_not("cuda", "auto") == "not built: the torch it was installed with has no CUDA"
+    assert script.why_not("cpp", "auto") is None
+
+
+def test_the_toolkit_is_found_behind_a_wrapper(script: ModuleType, nvcc: Path) -> None:
+    assert script.toolkit() == nvcc
+
+
+def test_an_nvcc_that_does_not_run_is_the_reason(script: ModuleType, nvcc: Path, tmp_path: Path) -> None:
+    (nvcc / "bin" / "nvcc").write_text("#!/bin/sh\necho no licence; exit 3\n", encoding="utf-8")
+    build(script, tmp_path / "lib")
+    report = report_in(tmp_path / "lib")
+    assert report["cuda"].startswith("not built: nvcc does not say where its toolkit is (exit code 3): no licence")
+    assert report["cpp"] == "built"
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ("", ["sm_80", "sm_90", "compute_90"]),
+        ("8.6", ["sm_86"]),
+        ("7.5 9.0a+PTX", ["sm_75", "sm_90a", "compute_90a"]),
+        ("8.0;8.9,10.0", ["sm_80", "sm_89", "sm_100"]),
+    ],
+)
+def test_architectures_are_those_asked_for(
+    script: ModuleType, nvcc: Path, asked: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    found = script.architectures(nvcc / "bin" / "nvcc")
+    assert list(found) == wanted
+    last = wanted[-1].split("_")[1]
+    assert found[wanted[-1]] == ["-gencode", f"arch=compute_{last},code={wanted[-1]}"]
+
+
+def test_architectures_that_make_no_sense_are_the_reason(
+    script: ModuleType, nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    build(script, tmp_path / "lib")
+    wanted = "not built: TORCH_CUDA_ARCH_LIST must be like \"8.0;9.0+PTX\", got 'Hopper'"
+    assert report_in(tmp_path / "lib") == {"cpp": "built", "cuda": wanted}
+
+
+def test_both_backends_are_built_and_what_was_done_is_said(
+    script: ModuleType, compiler: Path, nvcc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(script, tmp_path / "lib")
+    assert report_in(tmp_path / "lib") == {"cpp": "built", "cuda": "built"}
+    assert (tmp_path / "lib/caps_kernels/_cuda.abi3.so").exists()
+    assert f"2 of 2 objects compiled for sm_80, sm_90, compute_90 with {nvcc}/bin/nvcc" in capsys.readouterr().out
+    assert compiled(compiler).count("link") == 2
+    build(script, tmp_path / "lib")
+    assert "cuda: 0 of 2 objects compiled" in capsys.readouterr().out
+    assert compiled(compiler) == ["link", "link"]
+
+
+@pytest.mark.parametrize(("choice", "left_out"), [("cpu", "cuda"), ("cuda", "cpp")])
+def test_one_backend_alone_is_built(
+    script: ModuleType, nvcc: Path, choice: str, left_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPS_BUILD", choice)
+    build(script, tmp_path / "lib")
+    report = report_in(tmp_path / "lib")
+    assert report.pop(left_out) == f"not built: CAPS_BUILD={choice} when the package was installed"
+    assert list(report.values()) == ["built"]
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +408,8 @@ def test_a_library_that_does_not_load_is_the_reason(monkeypatch: pytest.MonkeyPa
     assert reason.startswith("its library was built but does not load: ")
     monkeypatch.setitem(sys.modules, "caps_kernels._cpp", ModuleType("caps_kernels._cpp"))
     assert _extension._load("cpp", {"cpp": "built"}) is None
+
+
+def test_a_torch_without_cuda_does_not_load_the_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _extension._load("cuda", {"cuda": "built"}) == "this torch has no CUDA"

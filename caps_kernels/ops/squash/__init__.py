@@ -15,7 +15,7 @@ from torch import Tensor
 from caps_kernels import _checks, backends
 from caps_kernels._autograd import Signature, differentiable
 from caps_kernels._library import define
-from caps_kernels.ops.squash import cpp, reference
+from caps_kernels.ops.squash import cpp, cuda, reference
 
 _REFERENCE = backends.Implementation(reference.forward, reference.backward)
 
@@ -49,6 +49,7 @@ backends.register_op("squash", _prepare)
 backends.register("squash", "reference", _REFERENCE)
 backends.register("squash", "cpp", cpp.IMPLEMENTATION)
 backends.register("squash", "triton", backends.Lazy("caps_kernels.ops.squash.triton"))
+backends.register("squash", "cuda", cuda.IMPLEMENTATION)
 
 
 def squash(s: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:

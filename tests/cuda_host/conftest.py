@@ -1,0 +1,20 @@
+"""The libraries of the host harness, as fixtures."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from tests.cuda_host import host
+
+
+@pytest.fixture
+def raw_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backend "cuda" calls the ops of the host harness during the test."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the kernels for the host")
+    for op in host.ops():
+        host.load(op)
+    monkeypatch.setattr(torch.ops, "caps_kernels_cuda", torch.ops.caps_kernels_cuda_host, raising=False)
