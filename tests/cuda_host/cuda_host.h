@@ -74,11 +74,10 @@ struct Barrier {
 
 struct Block;
 
-// An asynchronous copy of `filled` bytes and zeros up to `bytes`: done when it is waited for, not before.
+// An asynchronous copy of 16 bytes, or of zeros where `from` is null.
 struct Copy {
   void* to;
   const void* from;
-  int bytes, filled;
 };
 
 struct Fiber {
@@ -310,3 +309,4 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared, bool cooperative, s
 }  // namespace cuda_host
 
 #include "cuda_runtime_host.h"
+#include "cuda_tensor_host.h"

@@ -1,5 +1,5 @@
 // The functions of CUDA's device language and runtime that csrc/cuda uses, on the fibers of cuda_host.h. Asynchronous
-// copies and matrix products of warps are in gpu_tensor_host.h.
+// copies and matrix products of warps are in cuda_tensor_host.h.
 #pragma once
 
 #define threadIdx (cuda_host::current()->thread)

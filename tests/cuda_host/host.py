@@ -12,10 +12,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,8 +43,16 @@ SANITIZER = "CAPS_CUDA_HOST_SANITIZER"
 """The environment variable that says which sanitizer's build `load` takes: none, "address" or "thread"."""
 
 
+RUNTIMES = {"": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+
+
+def can_compile() -> bool:
+    """Whether there is a compiler for the host; sanitizers are asked of g++."""
+    return shutil.which("g++") is not None
+
+
 def ops() -> list[str]:
-    """The ops that have a source."""
+    """The ops that have a source in csrc/cuda."""
     return sorted(path.stem for path in SOURCES.glob("*.cu") if path.stem != "library")
 
 
@@ -69,6 +78,35 @@ def build(source: Path, sanitizer: str = "") -> Path:
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.rename(library)
     return library
+
+
+def run_sanitized(sanitizer: str, arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a sanitizer's runtime, in which libraries built for it can be loaded; its first finding ends it.
+
+    Args:
+        sanitizer: "address" (with undefined behaviour), "thread", or "" for none.
+        arguments: of Python.
+        environment: variables to set.
+    """
+    paths = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.strip()
+        for name in RUNTIMES[sanitizer]
+    ]
+    # Python and torch keep what they allocate once: leaks are not looked for.
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "LD_PRELOAD": " ".join(paths),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        SANITIZER: sanitizer,
+        **environment,
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, env={**os.environ, **variables}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 class Host:

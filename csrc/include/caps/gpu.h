@@ -67,16 +67,20 @@ struct Pack {
   CAPS_DEVICE const T& operator[](int k) const { return x[k]; }
 };
 
-// n numbers from memory in the type of sums: in one load of 16 bytes, aligned to them, or else one by one.
+// The word that n numbers are loaded and stored as, where they fill one; n > 1 numbers are aligned as it is.
+template <int bytes>
+using Word = std::conditional_t<bytes == 16, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>>;
+
+// n numbers from memory in the type of sums: one number, or 4, 8 or 16 bytes of them in one load.
 template <int n, typename scalar_t>
 CAPS_DEVICE Pack<Acc<scalar_t>, n> load(const scalar_t* from) {
+  static_assert(n == 1 || n * sizeof(scalar_t) == 4 || n * sizeof(scalar_t) == 8 || n * sizeof(scalar_t) == 16);
   scalar_t raw[n];
-  if constexpr (n > 1 && n * sizeof(scalar_t) == 16) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    __builtin_memcpy(raw, &bits, 16);
+  if constexpr (n > 1) {
+    const auto word = *reinterpret_cast<const Word<n * sizeof(scalar_t)>*>(from);
+    __builtin_memcpy(raw, &word, sizeof(word));
   } else {
-#pragma unroll
-    for (int k = 0; k < n; ++k) raw[k] = from[k];
+    raw[0] = from[0];
   }
   Pack<Acc<scalar_t>, n> result;
 #pragma unroll
@@ -86,16 +90,16 @@ CAPS_DEVICE Pack<Acc<scalar_t>, n> load(const scalar_t* from) {
 
 template <typename scalar_t, int n>
 CAPS_DEVICE void store(scalar_t* to, const Pack<Acc<scalar_t>, n>& value) {
+  static_assert(n == 1 || n * sizeof(scalar_t) == 4 || n * sizeof(scalar_t) == 8 || n * sizeof(scalar_t) == 16);
   scalar_t raw[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) raw[k] = narrow<scalar_t>(value[k]);
-  if constexpr (n > 1 && n * sizeof(scalar_t) == 16) {
-    uint4 bits;
-    __builtin_memcpy(&bits, raw, 16);
-    *reinterpret_cast<uint4*>(to) = bits;
+  if constexpr (n > 1) {
+    Word<n * sizeof(scalar_t)> word;
+    __builtin_memcpy(&word, raw, sizeof(word));
+    *reinterpret_cast<Word<n * sizeof(scalar_t)>*>(to) = word;
   } else {
-#pragma unroll
-    for (int k = 0; k < n; ++k) to[k] = raw[k];
+    to[0] = raw[0];
   }
 }
 
