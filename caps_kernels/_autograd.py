@@ -89,7 +89,8 @@ def differentiable(signature: Signature, forward: Call, backward: Call, referenc
             if grad is None:
                 return (None,) * (count + len(ctx.options))
             tensors = ctx.saved_tensors[:count]
-            gradients = Backward.apply(grad, *ctx.saved_tensors, *ctx.options)
+            arguments = (grad, *ctx.saved_tensors, *ctx.options)
+            gradients = (Backward.apply if _is_transformed(arguments) else backward)(*arguments)
             wanted = [g if t is not None else None for g, t in zip(gradients, tensors, strict=True)]
             return (*wanted, *[None] * len(ctx.options))
 
@@ -105,14 +106,28 @@ def differentiable(signature: Signature, forward: Call, backward: Call, referenc
                 return _vmap_fold(Forward.apply, info.batch_size, in_dims[0], args, signature.batch_dims)
             return _vmap_loop(Forward.apply, info.batch_size, in_dims, args)
 
+    class Eager(torch.autograd.Function):
+        """`Forward` for no transform but autograd: it spares the binding of arguments that torch.func asks for."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            output = forward(*args)
+            Forward.setup_context(ctx, args, output)
+            return output
+
+        backward = Forward.backward
+        jvp = Forward.jvp
+
     register_autograd(signature.name, "fwd", Forward.apply)
     register_autograd(signature.name, "bwd", Backward.apply)
 
     def call(*args: Any) -> tuple[Tensor, ...]:
         # A traced program holds the op itself, which knows its own gradient; and where nothing asks for a gradient, an
         # autograd Function costs more time than a small call.
-        traced = torch.compiler.is_compiling()
-        results: tuple[Tensor, ...] = (Forward.apply if not traced and _is_transformed(args) else forward)(*args)
+        function = forward
+        if not torch.compiler.is_compiling() and _is_transformed(args):
+            function = Forward.apply if torch._C._are_functorch_transforms_active() else Eager.apply
+        results: tuple[Tensor, ...] = function(*args)
         return results
 
     return call

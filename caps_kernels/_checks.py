@@ -52,10 +52,13 @@ def shape(name: str, tensor: Tensor, expected: Sequence[str | int], *, may_be_em
     Raises:
         ValueError: the shape differs.
     """
-    matches = tensor.dim() == len(expected) and all(
-        size >= 1 or wanted == may_be_empty if isinstance(wanted, str) else size == wanted
-        for size, wanted in zip(tensor.shape, expected, strict=True)
-    )
+    sizes = tensor.shape
+    matches = len(sizes) == len(expected)
+    for size, wanted in zip(sizes, expected, strict=False):
+        if isinstance(wanted, str):
+            matches = matches and (size >= 1 or wanted == may_be_empty)
+        else:
+            matches = matches and size == wanted
     if not matches:
         symbols = ", ".join(s for s in expected if isinstance(s, str) and s != may_be_empty)
         raise ValueError(
@@ -99,6 +102,8 @@ def routing_grad(value: Any) -> str:
 def autocast(*given: Tensor | None) -> tuple[Any, ...]:
     """Under `torch.autocast`, the tensors in its dtype (float64 stays, as in PyTorch's own ops); else as they are."""
     first = given[0]
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return given
     if not isinstance(first, Tensor) or not autocast_is_on(first.device.type):
         return given
     dtype = torch.get_autocast_dtype(first.device.type)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from caps_kernels import backends
 
 _LIBRARY = torch.library.Library("caps_kernels", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -32,8 +33,8 @@ def define(op: str, direction: str, schema: str, fake: Call) -> Call:
         implementation = backends.implementation(op, backend)
         function = implementation.forward if direction == "fwd" else implementation.backward
         device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return _unwrap(tuple(result.contiguous() for result in function(*arguments)))
+        if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)):
+            return _unwrap(tuple([result.contiguous() for result in function(*arguments)]))
         # Autocast was applied to the arguments already; inside, it would round the accumulators.
         with torch.autocast(device, enabled=False):
             return _unwrap(tuple(result.contiguous() for result in function(*arguments)))
@@ -42,7 +43,29 @@ def define(op: str, direction: str, schema: str, fake: Call) -> Call:
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"caps_kernels::{name}", lambda *args: _unwrap(fake(*args[:-1])), lib=_LIBRARY)
     overload = _overload(name)
-    return lambda *args: _wrap(overload(*args))
+
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        return _wrap((run if _only_the_backend_sees(args) else overload)(*args))
+
+    return call
+
+
+def _only_the_backend_sees(args: Sequence[Any]) -> bool:
+    """Whether going through torch's dispatcher would lead nowhere but to the backend, at the price of a small call.
+
+    Not so where a program is traced, where a mode or a tensor's class wants to see every op, for tensors that hold
+    nothing, and where a transform or forward-mode gradients take part; reverse-mode gradients are the caller's matter.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    return not any(isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_meta) for arg in args)
 
 
 def register_autograd(op: str, direction: str, function: Call) -> None:

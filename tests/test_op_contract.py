@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from caps_kernels import backends
 from tests import oracle
@@ -257,6 +260,34 @@ def test_forward_mode_is_refused_clearly(case: Case, backend: str) -> None:
     compiled = torch.compile(function, backend="aot_eager")
     with pytest.raises(Exception, match=r"forward-mode|torch\.func"):
         torch.func.jvp(compiled, (first,), (first,))
+
+
+class Watch(TorchDispatchMode):
+    """Notes the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@smoke_case
+def test_who_looks_on_sees_the_op_itself(case: Case, backend: str) -> None:
+    inputs = case.inputs(device=device_of(backend), requires_grad=False)
+    with Watch() as watch:
+        case.call(inputs, backend)
+    assert raw_ops(case.op)[0] in watch.seen
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in inputs]
+    for tensors in (fakes, [t.to("meta") for t in inputs]):
+        result = raw_ops(case.op)[0](*prepared(case, tensors), backend)
+        assert as_tuple(result)[0].shape == case.call(inputs, backend).shape
+    assert case.call([t.to("meta") for t in inputs], "reference").is_meta
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        case.call([forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:]], backend)
 
 
 @smoke_case

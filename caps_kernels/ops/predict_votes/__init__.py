@@ -43,10 +43,11 @@ def check_capsules(u: Tensor, weight: Tensor, positions: int) -> int:
     positions = _checks.positive_int("positions", positions)
     _checks.shape("u", u, ("B", "I", "D"), may_be_empty="B")
     _checks.shape("weight", weight, ("T", "J", u.shape[2], "E"))
-    if u.shape[1] != weight.shape[0] * positions:
+    in_capsules, types = u.shape[1], weight.shape[0]
+    if in_capsules != types * positions:
         raise ValueError(
-            f"u must have I = T·positions = {weight.shape[0]}·{positions} = {weight.shape[0] * positions} "
-            f"input capsules for weight {list(weight.shape)}, got {u.shape[1]}"
+            f"u must have I = T·positions = {types}·{positions} = {types * positions} "
+            f"input capsules for weight {list(weight.shape)}, got {in_capsules}"
         )
     return positions
 
