@@ -9,7 +9,7 @@ import sys
 import torch
 
 import caps_kernels
-from caps_kernels import _selfcheck, backends
+from caps_kernels import _selfcheck, _trust, backends
 
 
 def main() -> int:
@@ -24,41 +24,67 @@ def main() -> int:
         "--check",
         action="store_true",
         help="run each op, forward and backward, on each backend that can and compare with the reference in float64; "
-        "exits with 1 if one differs",
+        "on a GPU in a process of its own, whose result is kept; exits with 1 if one differs",
     )
     check = parser.parse_args().check
     print(f"caps_kernels {caps_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads; {_gpu()}\n")
     reasons = {op: {name: backends.lacking(op, name) for name in backends.BACKENDS} for op in backends.ops()}
-    failures = _print_table(reasons, check)
+    cells = {(op, name): "runs" if row[name] is None else "-" for op, row in reasons.items() for name in row}
+    failures = _check(cells) if check else []
+    print("".join([f"{'op':<18}", *(f"{name:<24}" for name in backends.BACKENDS)]).rstrip())
+    for op in reasons:
+        print("".join([f"{op:<18}", *(f"{cells[op, name]:<24}" for name in backends.BACKENDS)]).rstrip())
     print()
     for name, backend in backends.BACKENDS.items():
         lacking = [reasons[op][name] for op in reasons]
-        text = "; ".join(dict.fromkeys(filter(None, lacking))) or "runs"
-        print(f"{name:<10} {backend.summary}: {text}")
+        texts = list(dict.fromkeys(filter(None, lacking)))
+        if None in lacking and (not texts or backend.on_trial):
+            texts.append(_state(name))
+        print(f"{name:<10} {backend.summary}: {'; '.join(texts)}")
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _print_table(reasons: dict[str, dict[str, str | None]], check: bool) -> list[str]:
-    """Print one row an op, one column a backend; the failures of the checks."""
+def _check(cells: dict[tuple[str, str], str]) -> list[str]:
+    """Check every op on every backend that runs it, and put the results into the cells; the failures."""
     failures = []
-    print("".join([f"{'op':<16}", *(f"{name:<24}" for name in backends.BACKENDS)]).rstrip())
-    for op, row in reasons.items():
-        cells = []
-        for name, reason in row.items():
-            if reason is not None:
-                cells.append("-")
-            elif not check:
-                cells.append("runs")
-            else:
-                result = _selfcheck.check(op, name)
-                cells.append(str(result))
-                if not result.passed:
-                    failures.append(f"{op} on {name}: {result.detail}")
-        print("".join([f"{op:<16}", *(f"{cell:<24}" for cell in cells)]).rstrip())
+    for name in backends.BACKENDS:
+        ops = [op for op in backends.ops() if cells[op, name] == "runs"]
+        device = _trial_device(name)
+        if device is not None and ops:
+            trial = _trust.trial(name, *device, again=True)
+            cells.update({(op, name): trial.ops.get(op, "not checked") for op in ops})
+            failures += [f"{name}: {trial.reason}"] if trial.reason is not None else []
+            continue
+        for op in ops:
+            result = _selfcheck.check(op, name)
+            cells[op, name] = str(result)
+            failures += [] if result.passed else [f"{op} on {name}: {result.detail}"]
     return failures
+
+
+def _trial_device(name: str) -> tuple[str, int | None] | None:
+    """The device on which a backend must pass its self-check before it is taken unasked; None where it need not."""
+    if backends.BACKENDS[name].on_trial:
+        for device, preferred in backends.PREFERENCE.items():
+            if name in preferred and device != "cuda":
+                return device, None
+            if name in preferred and torch.cuda.is_available():
+                return device, torch.cuda.current_device()
+    return None
+
+
+def _state(name: str) -> str:
+    """What to say of a backend that lacks nothing."""
+    device = _trial_device(name)
+    if device is None:
+        return "runs"
+    trial = _trust.known(name, *device)
+    if trial is None:
+        return "runs; its self-check on this device comes with its first use"
+    return "runs; it passed its self-check" if trial.reason is None else f"runs only when asked for: {trial.reason}"
 
 
 def _gpu() -> str:

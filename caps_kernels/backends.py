@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caps_kernels import _extension
+from caps_kernels import _extension, _trust
 
 ENVIRONMENT_VARIABLE = "CAPS_KERNELS_BACKEND"
 
@@ -30,7 +30,7 @@ class BackendError(RuntimeError):
 
 
 class FallbackWarning(UserWarning):
-    """Nobody chose a backend and only the reference could run; warned once an op."""
+    """Nobody chose a backend, and only the reference could run, or a GPU backend failed its self-check; warned once."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Backend:
     """Why it cannot run anything here, or None where it can."""
     without_device: str = "no CUDA device"
     """What to say where this machine has none of its devices."""
+    on_trial: bool = False
+    """Taken unasked only after its self-check on the device: `_trust.py`."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,15 @@ class Verdict:
     reason: str | None
     regime: str | None
     chosen: bool
+    distrust: str | None = None
+    """Why it is not taken unasked although it can run: what its self-check found; or None."""
 
     def __str__(self) -> str:
         if self.reason is not None:
             return f"{self.backend}: cannot run: {self.reason}"
+        if self.distrust is not None:
+            asked = "runs, for it was asked for" if self.chosen else "would run only when asked for"
+            return f"{self.backend}: {asked} ({self.regime}): {self.distrust}"
         return f"{self.backend}: {'runs' if self.chosen else 'would run'} ({self.regime})"
 
 
@@ -112,13 +119,14 @@ _TRITON_MISSING = _triton_missing()
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "CUDA C++, NVIDIA GPUs", ("cuda",), lambda: _extension.MISSING["cuda"]),
+        Backend("cuda", "CUDA C++, NVIDIA GPUs", ("cuda",), lambda: _extension.MISSING["cuda"], on_trial=True),
         Backend(
             "triton",
             "Triton, GPUs",
             ("cpu", "cuda") if TRITON_INTERPRETS else ("cuda",),
             lambda: _TRITON_MISSING,
             "no CUDA device (TRITON_INTERPRET=1 runs it on CPU tensors, slowly)",
+            on_trial=True,
         ),
         Backend("cpp", "C++, CPU", ("cpu",), lambda: _extension.MISSING["cpp"]),
         Backend("reference", "eager PyTorch, any device: the specification", None, lambda: None),
@@ -190,7 +198,8 @@ def why_not(op: str, backend: str, args: Sequence[Any]) -> str | None:
 
 def select(op: str, args: Sequence[Any], backend: str | None = None, *, warn: bool = True) -> str:
     """The backend that runs `op` on `args`: the one asked for, else that of `use()`, of CAPS_KERNELS_BACKEND, or
-    the first of the device's preference that can. A fall to the reference is warned of once an op, unless not `warn`.
+    the first of the device's preference that can and passes its self-check. One that fails it is warned of once, a
+    fall to the reference once an op, unless not `warn`.
 
     Raises:
         ValueError: the name is none of `BACKENDS`.
@@ -203,27 +212,59 @@ def select(op: str, args: Sequence[Any], backend: str | None = None, *, warn: bo
         if reason is not None:
             raise BackendError(f"backend {asked!r} cannot run {op}: {reason}")
         return asked
-    reasons = []
+    reasons: list[str] = []
+    failed: list[tuple[str, str]] = []
     for name in PREFERENCE.get(args[0].device.type, ("reference",)):
         reason = why_not(op, name, args)
         if reason is None:
-            break
+            reason = distrust(name, args[0].device)
+            if reason is None:
+                break
+            failed.append((name, reason))
         reasons.append(f"{name}: {reason}")
     if warn and reasons and name == "reference":
-        _warn_of_fallback(op, reasons)
+        _warn_of_fallback(op, "; ".join(reasons))
+    elif warn:
+        for failure in failed:
+            _warn_of_distrust(*failure)
     return name
 
 
-def _warn_of_fallback(op: str, reasons: Sequence[str]) -> None:
-    if op in _WARNED or torch.compiler.is_compiling():
-        return
-    _WARNED.add(op)
-    warnings.warn(
-        f"{op} runs on the reference backend, which is slow ({'; '.join(reasons)}). "
-        "Choose it explicitly (backend='reference', or CAPS_KERNELS_BACKEND=reference) to silence this.",
-        FallbackWarning,
-        stacklevel=4,
+def distrust(backend: str, device: torch.device, *, check: bool = True) -> str | None:
+    """Why `backend`, although it can run, is not taken unasked on `device`, or None.
+
+    Where nobody knows yet, its self-check is run; or, without `check`, nothing speaks against it.
+    """
+    if not BACKENDS[backend].on_trial or backend not in PREFERENCE.get(device.type, ()):
+        return None
+    if check:
+        return _trust.distrust(backend, device.type, device.index)
+    known = _trust.known(backend, device.type, device.index)
+    return known.reason if known is not None else None
+
+
+@_trust.constant_in_graphs
+def _warn_of_distrust(backend: str, reason: str) -> None:
+    _warn_once(
+        reason,
+        f"backend {backend!r} is passed over: {reason}. `python -m caps_kernels --check` checks it again; "
+        f"backend={backend!r} runs it all the same.",
     )
+
+
+@_trust.constant_in_graphs
+def _warn_of_fallback(op: str, reasons: str) -> None:
+    _warn_once(
+        op,
+        f"{op} runs on the reference backend, which is slow ({reasons}). "
+        "Choose it explicitly (backend='reference', or CAPS_KERNELS_BACKEND=reference) to silence this.",
+    )
+
+
+def _warn_once(what: str, message: str) -> None:
+    if what not in _WARNED:
+        _WARNED.add(what)
+        warnings.warn(message, FallbackWarning, stacklevel=5)
 
 
 def _check_name(name: str) -> None:
@@ -261,6 +302,8 @@ def explain(op: str, *args: Any, **options: Any) -> Explanation:
             reason=reason,
             regime=None if reason is not None else implementation(op, name).regime(*prepared),
             chosen=name == chosen,
+            # Whatever comes before the chosen one was checked when that was selected.
+            distrust=None if reason is not None else distrust(name, prepared[0].device, check=False),
         )
         for name, reason in reasons.items()
     )

@@ -1,14 +1,21 @@
-"""A backend that is not there, for tests of selection and of the self-check."""
+"""A backend that is not there, for tests of selection and of the self-check.
+
+`python -m tests.fake_backend KIND BACKEND DEVICE REPORT` is the self-check of one that behaves as a kind of `KINDS`.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from caps_kernels import backends
+from caps_kernels import _selfcheck, backends
 from caps_kernels.backends import Backend, Implementation
 
 CPP_IS_MISSING = "no compiler in this test"
@@ -35,11 +42,39 @@ class Fake:
         return f"tile of {s.shape[dim]}"
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Make the CPU's backends fake, then cpp, which is missing, then the reference; and let nobody have chosen."""
+def raising(error: Exception) -> Callable[[Tensor], Tensor]:
+    """What a fake's result becomes where a kernel raises."""
+
+    def result(v: Tensor) -> Tensor:
+        raise error
+
+    return result
+
+
+def faulting(v: Tensor) -> Tensor:
+    """Read address 0."""
+    ctypes.string_at(0)
+    return v
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "right": lambda v: v,
+    "wrong": lambda v: v * 1.1,
+    "raising": raising(OSError("the kernel is gone")),
+    "full": raising(torch.OutOfMemoryError("no memory left")),
+    "exiting": lambda v: os._exit(7),
+    "faulting": faulting,
+}
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *, on_trial: bool = False) -> Fake:
+    """Make the CPU's backends fake, then cpp, which is missing, then the reference; and let nobody have chosen.
+
+    With `on_trial` fake is one that is taken only after its self-check.
+    """
     fake = Fake()
     table = {
-        "fake": Backend("fake", "for this test", ("cpu",), lambda: fake.missing),
+        "fake": Backend("fake", "for this test", ("cpu",), lambda: fake.missing, on_trial),
         "cpp": Backend("cpp", "missing", ("cpu",), lambda: CPP_IS_MISSING),
         "elsewhere": Backend("elsewhere", "another device's", ("xpu",), lambda: None),
         "reference": backends.BACKENDS["reference"],
@@ -51,3 +86,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(backends, "_IMPLEMENTATIONS", dict(backends._IMPLEMENTATIONS))
     backends.register("squash", "fake", fake.implementation)
     return fake
+
+
+if __name__ == "__main__":
+    install(pytest.MonkeyPatch(), on_trial=True).result = KINDS[sys.argv[1]]
+    sys.exit(_selfcheck.main(sys.argv[2:]))

@@ -36,8 +36,8 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 def test_the_selfcheck_passes_a_right_backend(fake: Fake) -> None:
     result = _selfcheck.check("squash", "fake")
     assert result.passed
-    assert result.error < 1e-6
-    assert fake.calls == 1
+    assert result.error < 1e-2
+    assert fake.calls == sum(len(call.dtypes) for call in _selfcheck.CALLS["squash"])
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -67,7 +67,7 @@ def test_the_selfcheck_fails_what_raises(fake: Fake) -> None:
     fake.result = refuse
     result = _selfcheck.check("squash", "fake")
     assert not result.passed
-    assert result.detail == "OSError: the kernel is gone"
+    assert result.detail == "OSError: the kernel is gone (float64, shapes [(5, 7, 9)])"
 
 
 def test_the_command_reports_a_failed_check(
@@ -105,7 +105,7 @@ def test_the_command_prints_a_row_an_op_and_a_line_a_backend(flags: list[str]) -
         summary = next(line for line in done.stdout.splitlines() if line.startswith(f"{name} "))
         missing = {backends.lacking(op, name) for op in backends.ops()} - {None}
         assert all(str(reason) in summary for reason in missing)
-        assert missing or summary.endswith("runs")
+        assert missing or ": runs" in summary
 
 
 @pytest.fixture(scope="module")
