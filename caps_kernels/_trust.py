@@ -52,7 +52,8 @@ _LOCK = threading.Lock()
 
 def constant_in_graphs(function: Function) -> Function:
     """Let torch.compile call a function while it traces, as plain Python, and take its result as a constant."""
-    torch.compiler.assume_constant_result(function)
+    # What torch.compiler.assume_constant_result does, which would import the whole compiler with this package.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 

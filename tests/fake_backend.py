@@ -74,7 +74,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, on_trial: bool = False) -> Fake:
     """
     fake = Fake()
     table = {
-        "fake": Backend("fake", "for this test", ("cpu",), lambda: fake.missing, on_trial),
+        "fake": Backend("fake", "for this test", ("cpu",), lambda: fake.missing, on_trial=on_trial),
         "cpp": Backend("cpp", "missing", ("cpu",), lambda: CPP_IS_MISSING),
         "elsewhere": Backend("elsewhere", "another device's", ("xpu",), lambda: None),
         "reference": backends.BACKENDS["reference"],
