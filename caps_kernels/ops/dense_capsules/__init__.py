@@ -16,7 +16,7 @@ from torch import Tensor
 from caps_kernels import _checks, backends
 from caps_kernels._autograd import Signature, differentiable
 from caps_kernels._library import define
-from caps_kernels.ops.dense_capsules import cpp, reference
+from caps_kernels.ops.dense_capsules import cpp, cuda, reference
 from caps_kernels.ops.dynamic_routing import OPTIONS, check_options, fake_grad_bias, fake_results
 from caps_kernels.ops.predict_votes import check_capsules
 
@@ -75,6 +75,7 @@ def _prepare(
 backends.register_op("dense_capsules", _prepare)
 backends.register("dense_capsules", "reference", _REFERENCE)
 backends.register("dense_capsules", "cpp", cpp.IMPLEMENTATION)
+backends.register("dense_capsules", "cuda", cuda.IMPLEMENTATION)
 
 
 @overload

@@ -1,0 +1,384 @@
+// A block of dense_capsules on a GPU: its shared memory, the flow of W and u through it, and what is done with û of one
+// lower capsule while it is in registers. gpu_dense.h says who has which part of it.
+#pragma once
+
+#include <caps/gpu_async.h>
+#include <caps/gpu_dense.h>
+#include <caps/gpu_mma.h>
+
+namespace caps::gpu {
+
+// n numbers from aligned memory in one load of 4, 8 or 16 bytes, in the type of sums.
+template <int n, typename S>
+CAPS_DEVICE Pack<Acc<S>, n> load_pack(const S* from) {
+  using Bits = std::conditional_t<n * sizeof(S) == 16, uint4, std::conditional_t<n * sizeof(S) == 8, uint2, uint32_t>>;
+  static_assert(sizeof(Bits) == n * sizeof(S));
+  const Bits bits = *reinterpret_cast<const Bits*>(from);
+  S raw[n];
+  __builtin_memcpy(raw, &bits, sizeof(Bits));
+  Pack<Acc<S>, n> result;
+#pragma unroll
+  for (int k = 0; k < n; ++k) result[k] = widen(raw[k]);
+  return result;
+}
+
+template <typename T, int n>
+CAPS_DEVICE void store_pack(T* to, const Pack<T, n>& value) {
+  using Bits = std::conditional_t<n * sizeof(T) == 16, uint4, uint2>;
+  static_assert(sizeof(Bits) == n * sizeof(T));
+  Bits bits;
+  __builtin_memcpy(&bits, value.x, sizeof(Bits));
+  *reinterpret_cast<Bits*>(to) = bits;
+}
+
+// Lower capsules i0 … i1 - 1 of sample tiles tile0 … tile1 - 1, capsules within tiles.
+struct Walk {
+  int i0, i1, tile0, tile1;
+};
+
+template <typename Tile>
+class DenseBlock {
+ public:
+  using S = typename Tile::scalar_t;
+  using T = typename Tile::T;
+  static constexpr int kLanes = Tile::kLanes, kRows = Tile::kRows, kWidth = Tile::kWidth, kParents = Tile::kParents;
+  static constexpr int kVec = Tile::kVec, kUnit = DenseLayout<Tile>::kUnit;
+  // A number for each parent, sample and e of a thread.
+  using Values = T[kParents][kRows][kWidth];
+  using Scores = T[kParents][kRows];
+
+  const DenseArgs& args;
+  const DenseLayout<Tile> layout;
+  const int thread = int(threadIdx.x), warps = int(blockDim.x) / 32, warp = thread / 32;
+  const int row0 = thread % 32 / kLanes, e_lane = thread % kLanes;
+
+  CAPS_DEVICE DenseBlock(const DenseArgs& a, unsigned char* shared)
+      : args(a),
+        layout(a.weight.size[1], a.weight.size[2], a.weight.size[3]),
+        stages_(int(a.stages)),
+        weights_(reinterpret_cast<S*>(shared)),
+        us_(weights_ + stages_ * layout.weight_size),
+        scores_(reinterpret_cast<T*>(us_ + stages_ * layout.u_size)) {
+    // What pads D and E stays zero: copies never reach it.
+    for (int n = thread; n < stages_ * (layout.weight_size + layout.u_size); n += int(blockDim.x)) weights_[n] = S{};
+    __syncthreads();
+  }
+
+  CAPS_DEVICE int parent(int k) const { return warp + k * warps; }
+  CAPS_DEVICE int row(int m) const { return row0 + m * Tile::kSampleLanes; }
+  CAPS_DEVICE int number(int n) const { return n / kVec * (kLanes * kVec) + e_lane * kVec + n % kVec; }
+  CAPS_DEVICE bool has(int k) const { return parent(k) < layout.J; }
+  CAPS_DEVICE int64_t sample(int tile, int m) const { return int64_t(tile) * Tile::kSamples + row(m); }
+  CAPS_DEVICE T uniform() const { return 1 / T(layout.J + (args.leaky ? 1 : 0)); }
+  CAPS_DEVICE T* scores(int which) { return scores_ + which * layout.score_size; }
+  // What lies behind the scores.
+  CAPS_DEVICE T* rest() { return scores_ + 2 * layout.score_size; }
+
+  // Begins to fetch the first lower capsules of a walk. All that were fetched before have been used.
+  CAPS_DEVICE void start(const Walk& walk) {
+    walk_ = walk;
+    positions_ = int(args.positions);
+    read_ = fetch_ = begin_ = Cursor{walk.i0, walk.tile0, 0, 0, walk.i0 / positions_, walk.i0 % positions_};
+    __syncthreads();
+    for (int n = 0; n < stages_ - 1; ++n) fetch(n == 0);
+    first_ = true;
+  }
+
+  // Goes to the next lower capsule, whose W and u are then there for all, and fetches one more.
+  CAPS_DEVICE void next() {
+    if (!first_) advance(read_);
+    first_ = false;
+    wait_for(stages_ - 2);
+    __syncthreads();
+    fetch(false);
+  }
+
+  CAPS_DEVICE void finish() { async_wait<0>(); }
+
+  CAPS_DEVICE const S* weight() const { return weights_ + read_.weight_slot * layout.weight_size; }
+  CAPS_DEVICE const S* u() const { return us_ + read_.u_slot * layout.u_size; }
+  CAPS_DEVICE int capsule() const { return read_.i; }
+  CAPS_DEVICE int tile() const { return read_.tile; }
+
+  // x += û
+  CAPS_DEVICE void votes(Values& x) const {
+    if constexpr (Tile::kTensorCores) votes_by_tensor_cores(x);
+    else votes_by_fma(x);
+  }
+
+  // Numbers of this thread from [B, J, E] in the type of sums; 0 where there is no such sample or number.
+  CAPS_DEVICE void load_values(const T* from, int tile, Values& x) const {
+    const int J = layout.J, E = layout.E;
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      const bool there = sample(tile, m) < args.u.size[0];
+      const T* of_sample = from + sample(tile, m) * J * E;
+#pragma unroll
+      for (int k = 0; k < kParents; ++k) {
+#pragma unroll
+        for (int n = 0; n < kWidth; n += kVec) {
+          const T* at = of_sample + parent(k) * E + number(n);
+          if (there && has(k) && E == Tile::kE) {
+            const Pack<T, kVec> pack = load_pack<kVec>(at);
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) x[k][m][n + v] = pack[v];
+          } else {
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) x[k][m][n + v] = there && has(k) && number(n) + v < E ? at[v] : T(0);
+          }
+        }
+      }
+    }
+  }
+
+  CAPS_DEVICE void store_values(T* to, int tile, const Values& x) const {
+    const int J = layout.J, E = layout.E;
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      if (sample(tile, m) >= args.u.size[0]) continue;
+      T* of_sample = to + sample(tile, m) * J * E;
+#pragma unroll
+      for (int k = 0; k < kParents; ++k) {
+        if (!has(k)) continue;
+#pragma unroll
+        for (int n = 0; n < kWidth; n += kVec) {
+          T* at = of_sample + parent(k) * E + number(n);
+          if (E == Tile::kE) {
+            store_pack(at, pack_of(x[k][m] + n));
+          } else {
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) {
+              if (number(n) + v < E) at[v] = x[k][m][n + v];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Scores of this thread's samples and parents: Σ_e x y, into shared memory.
+  CAPS_DEVICE void put_scores(const Values& x, const Values& y, T* scores) const {
+#pragma unroll
+    for (int k = 0; k < kParents; ++k) {
+      if (!has(k)) continue;
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        T sum = 0;
+#pragma unroll
+        for (int n = 0; n < kWidth; ++n) sum += x[k][m][n] * y[k][m][n];
+        sum = group_sum(sum, kLanes);
+        if (e_lane == 0) scores[row(m) * layout.score_row + parent(k)] = sum;
+      }
+    }
+  }
+
+  // x += score · y, with scores from shared memory.
+  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const Values& y) const {
+#pragma unroll
+    for (int k = 0; k < kParents; ++k) {
+      if (!has(k)) continue;
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        const T scale = scores[row(m) * layout.score_row + parent(k)];
+#pragma unroll
+        for (int n = 0; n < kWidth; ++n) x[k][m][n] += scale * y[k][m][n];
+      }
+    }
+  }
+
+  // Logits, in shared memory, become coupling coefficients c. Where there are gc as well, they become
+  // gb = c (gc - Σ_k c gc). done(row, j, c) is called for each.
+  template <bool backward, typename F>
+  CAPS_DEVICE void softmax(T* logits, T* gc, const F& done) const {
+    const int lane = thread % kSoftmaxLanes, J = layout.J;
+    // A warp has 4 rows at a time, and tiles have multiples of 4.
+    for (int r = thread / kSoftmaxLanes; r < Tile::kSamples; r += int(blockDim.x) / kSoftmaxLanes) {
+      T *x = logits + r * layout.score_row, *y = gc + r * layout.score_row;
+      T most = args.leaky ? T(0) : x[0];
+      for (int j = lane; j < J; j += kSoftmaxLanes) most = larger(x[j], most);
+      most = group_max(most, kSoftmaxLanes);
+      T total = 0, mean = 0;
+      for (int j = lane; j < J; j += kSoftmaxLanes) {
+        const T power = exp(x[j] - most);
+        total += power;
+        if constexpr (backward) mean += power * y[j];
+        x[j] = power;
+      }
+      total = group_sum(total, kSoftmaxLanes);
+      if (args.leaky) total += exp(-most);
+      const T inverse = 1 / total;
+      if constexpr (backward) mean = group_sum(mean, kSoftmaxLanes) * inverse;
+      for (int j = lane; j < J; j += kSoftmaxLanes) {
+        const T c = x[j] * inverse;
+        x[j] = c;
+        if constexpr (backward) y[j] = c * (y[j] - mean);
+        done(r, j, c);
+      }
+    }
+  }
+
+  // f(row, j) for all samples of the tile and all parents, spread over the threads.
+  template <typename F>
+  CAPS_DEVICE void for_scores(const F& f) const {
+    for (int n = thread; n < Tile::kSamples * layout.J; n += int(blockDim.x)) f(n / layout.J, n % layout.J);
+  }
+
+  template <int n>
+  static CAPS_DEVICE Pack<T, n> pack_of(const T* from) {
+    Pack<T, n> pack;
+#pragma unroll
+    for (int k = 0; k < n; ++k) pack[k] = from[k];
+    return pack;
+  }
+  static CAPS_DEVICE Pack<T, kVec> pack_of(const T* from) { return pack_of<kVec>(from); }
+
+ private:
+  // Where in the walk, and in which of the stages W and u are.
+  struct Cursor {
+    int i, tile, weight_slot, u_slot, type, position;
+  };
+
+  static CAPS_DEVICE void wait_for(int left) {
+    if (left == 0) async_wait<0>();
+    else if (left == 1) async_wait<1>();
+    else async_wait<2>();
+  }
+
+  // To the next lower capsule; whether it has another matrix.
+  CAPS_DEVICE bool advance(Cursor& at) const {
+    const int before = at.type;
+    if (++at.i == walk_.i1) {
+      at.i = walk_.i0;
+      ++at.tile;
+      at.type = begin_.type;
+      at.position = begin_.position;
+    } else if (++at.position == positions_) {
+      at.position = 0;
+      ++at.type;
+    }
+    at.u_slot = at.u_slot + 1 == stages_ ? 0 : at.u_slot + 1;
+    if (at.type == before) return false;
+    at.weight_slot = at.weight_slot + 1 == stages_ ? 0 : at.weight_slot + 1;
+    return true;
+  }
+
+  // Fetches the next lower capsule of the walk, if there is one.
+  CAPS_DEVICE void fetch(bool first) {
+    const bool fresh = first || advance(fetch_);
+    if (fetch_.tile < walk_.tile1) {
+      if (fresh) fetch_weight();
+      fetch_u();
+    }
+    async_commit();
+  }
+
+  // `rows` rows of `size` numbers into shared memory, by whole 16 bytes where `wide`; from(row) is where one begins, and
+  // null where there is none and zeros are wanted.
+  template <typename F>
+  CAPS_DEVICE void fetch_rows(S* to, int to_row, int rows, int size, int64_t stride, bool wide, const F& from) const {
+    const int pieces = wide ? size / kUnit : size;
+    int lanes = 1;
+    while (lanes < pieces && lanes < 32) lanes *= 2;
+    for (int r = thread / lanes; r < rows; r += int(blockDim.x) / lanes) {
+      const S* row = from(r);
+      for (int n = thread % lanes; n < pieces; n += lanes) {
+        if (wide) async_copy(to + r * to_row + n * kUnit, row ? row + n * kUnit : nullptr);
+        else to[r * to_row + n] = row ? row[n * stride] : S{};
+      }
+    }
+  }
+
+  CAPS_DEVICE void fetch_weight() const {
+    const auto& w = args.weight;
+    const S* from = static_cast<const S*>(w.data) + fetch_.type * w.stride[0];
+    S* to = weights_ + fetch_.weight_slot * layout.weight_size;
+    constexpr int to_row = DenseLayout<Tile>::kWeightRow;
+    if (layout.depth == layout.D && w.stride[1] == layout.D * w.stride[2]) {
+      fetch_rows(to, to_row, layout.J * layout.D, layout.E, w.stride[3], args.wide_weight,
+                 [&](int r) { return from + r * w.stride[2]; });
+    } else {
+      for (int j = 0; j < layout.J; ++j) {
+        fetch_rows(to + j * layout.depth * to_row, to_row, layout.D, layout.E, w.stride[3], args.wide_weight,
+                   [&](int r) { return from + j * w.stride[1] + r * w.stride[2]; });
+      }
+    }
+  }
+
+  CAPS_DEVICE void fetch_u() const {
+    const auto& u = args.u;
+    const int64_t first = int64_t(fetch_.tile) * Tile::kSamples;
+    const S* from = static_cast<const S*>(u.data) + fetch_.i * u.stride[1];
+    fetch_rows(us_ + fetch_.u_slot * layout.u_size, layout.u_row, Tile::kSamples, layout.D, u.stride[2], args.wide_u,
+               [&](int r) { return first + r < u.size[0] ? from + (first + r) * u.stride[0] : nullptr; });
+  }
+
+  CAPS_DEVICE void votes_by_fma(Values& x) const {
+    const S *w = weight(), *us = u();
+    for (int d0 = 0; d0 < layout.depth; d0 += kUnit) {
+      Pack<T, kUnit> u_d[kRows];
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) u_d[m] = load<kUnit>(us + row(m) * layout.u_row + d0);
+#pragma unroll
+      for (int k = 0; k < kParents; ++k) {
+        if (!has(k)) continue;
+#pragma unroll
+        for (int d = 0; d < kUnit; ++d) {
+          const S* at = w + (parent(k) * layout.depth + d0 + d) * DenseLayout<Tile>::kWeightRow + e_lane * kVec;
+#pragma unroll
+          for (int n = 0; n < kWidth; n += kVec) {
+            const Pack<T, kVec> w_e = load<kVec>(at + n * kLanes);
+#pragma unroll
+            for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+              for (int v = 0; v < kVec; ++v) x[k][m][n + v] += u_d[m][d] * w_e[v];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // The fragments of m16n8k8: a thread's two samples, and for each 8 numbers e two neighbours.
+  CAPS_DEVICE void votes_by_tensor_cores(Values& x) const {
+    const S *w = weight(), *us = u();
+    const int lane = thread % 32;
+    for (int d0 = 0; d0 < layout.depth; d0 += 8) {
+      uint32_t u_d[2];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        u_d[m] = *reinterpret_cast<const uint32_t*>(us + row(m) * layout.u_row + d0 + 2 * e_lane);
+      }
+#pragma unroll
+      for (int k = 0; k < kParents; ++k) {
+        if (!has(k)) continue;
+        const S* at = w + (parent(k) * layout.depth + d0) * DenseLayout<Tile>::kWeightRow;
+#pragma unroll
+        for (int n = 0; n < kWidth; n += 4) {
+          // Two squares of 8 rows d and 8 numbers e.
+          uint32_t w_d[2];
+          load_transposed(at + lane % 8 * DenseLayout<Tile>::kWeightRow + n * kLanes + lane / 8 % 2 * 8, w_d);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            T *upper = x[k][0] + n + 2 * half, *lower = x[k][1] + n + 2 * half;
+            T c[4] = {upper[0], upper[1], lower[0], lower[1]};
+            multiply_add<S>(c, u_d, w_d[half]);
+            upper[0] = c[0];
+            upper[1] = c[1];
+            lower[0] = c[2];
+            lower[1] = c[3];
+          }
+        }
+      }
+    }
+  }
+
+  const int stages_;
+  S *const weights_, *const us_;
+  T* const scores_;
+  Walk walk_{};
+  Cursor read_{}, fetch_{}, begin_{};
+  int positions_ = 1;
+  bool first_ = true;
+};
+
+}  // namespace caps::gpu

@@ -1,0 +1,97 @@
+// How the host cuts a call of dense_capsules on a GPU into items, and the table of tiles. Results depend on the cut, so
+// it is a function of the shape alone (and of how much shared memory a block may have, where a tile would not fit).
+#pragma once
+
+#include <caps/gpu_dense.h>
+#include <caps/gpu_dense_plain.h>
+#include <caps/gpu_op.h>
+#include <caps/gpu_view.h>
+
+namespace caps::gpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Items that keep the GPU busy: two blocks for each of 132 processors.
+constexpr int64_t kItems = 264;
+constexpr int64_t kSharedBytes = 160 * 1024;  // that a block may take, as far as the GPU has them
+constexpr int64_t kSumBytes = 48 * 1024;      // sums of gradients of matrices in shared memory, but for a single one
+
+struct Plan {
+  int threads;
+  int64_t forward_bytes, backward_bytes, gradient_bytes;
+};
+
+// The table, by dtype: the first row whose E and J are large enough is taken.
+//                                            e_lanes, rows, width, parents
+template <typename scalar_t>
+struct DenseTiles {  // 16 bits: samples, numbers and lanes of a fragment of m16n8k8
+  using type = std::tuple<DenseTile<scalar_t, 4, 2, 4, 1, true>, DenseTile<scalar_t, 4, 2, 4, 4, true>,
+                          DenseTile<scalar_t, 4, 2, 8, 1, true>>;
+};
+template <>
+struct DenseTiles<float> {
+  using type = std::tuple<DenseTile<float, 2, 2, 8, 1>, DenseTile<float, 2, 1, 8, 4>, DenseTile<float, 4, 2, 8, 1>>;
+};
+template <>
+struct DenseTiles<double> {
+  using type = std::tuple<DenseTile<double, 4, 1, 4, 1>>;
+};
+
+// Stages of shared memory: the most that let two blocks share a processor, or else two; 0 where even these do not fit.
+template <typename Tile>
+int64_t stages_of(const DenseLayout<Tile>& layout, int64_t limit) {
+  for (int64_t stages = 4; stages >= 2; --stages) {
+    if (layout.gradient_bytes(stages, 1) <= (stages > 2 ? limit / 2 : limit)) return stages;
+  }
+  return 0;
+}
+
+// Calls f.template operator()<Tile>() for the first tile of the table that fits, or else for the plain kernels.
+//   limit: bytes of shared memory that a block may have
+template <typename scalar_t, size_t row = 0, typename F>
+auto with_tile_of(DenseArgs& a, int64_t limit, const F& f) {
+  using Tiles = typename DenseTiles<scalar_t>::type;
+  if constexpr (row == std::tuple_size_v<Tiles>) {
+    return f.template operator()<DensePlain<scalar_t>>();
+  } else {
+    using Tile = std::tuple_element_t<row, Tiles>;
+    constexpr int64_t many = int64_t{1} << 31;
+    const int64_t B = a.u.size[0], I = a.u.size[1], J = a.weight.size[1], D = a.weight.size[2], E = a.weight.size[3];
+    if (E <= Tile::kE && J <= kMaxWarps * Tile::kParents && D < 1024 && B < many && I < many) {
+      a.stages = stages_of(DenseLayout<Tile>(J, D, E), std::min(limit, kSharedBytes));
+      if (a.stages > 0) return f.template operator()<Tile>();
+    }
+    return with_tile_of<scalar_t, row + 1>(a, limit, f);
+  }
+}
+
+// Cuts a call into items.
+template <typename Tile>
+Plan plan(DenseArgs& a) {
+  const int64_t B = a.u.size[0], I = a.u.size[1], J = a.weight.size[1], D = a.weight.size[2], E = a.weight.size[3];
+  const int64_t P = a.positions, types = I / P;
+  Plan p{kPlainThreads, 0, 0, kPlainThreads * int64_t(sizeof(typename Tile::T))};
+  a.tiles = ceil_div(B, Tile::kSamples);
+  a.chunk = ceil_div(I, std::clamp<int64_t>(kItems / std::max<int64_t>(a.tiles, 1), 1, I));
+  a.chunks = ceil_div(I, a.chunk);
+  int64_t matrices = 1;  // whose sums a block of the gradients holds
+  if constexpr (!is_plain<Tile>) {
+    using S = typename Tile::scalar_t;
+    const DenseLayout<Tile> layout(J, D, E);
+    const int64_t bytes = layout.matrix() * int64_t(sizeof(typename Tile::T));
+    const int64_t room = std::min(kSharedBytes / 2, kSumBytes + layout.gradient_bytes(a.stages, 0));
+    matrices = std::max<int64_t>(1, (room - layout.gradient_bytes(a.stages, 0)) / bytes);
+    matrices = std::min(matrices, ceil_div(I, kItems));
+    if (P > 1) matrices = 1;
+    p = {32 * layout.warps, layout.route_bytes(a.stages, false), layout.route_bytes(a.stages, true),
+         layout.gradient_bytes(a.stages, matrices)};
+    a.wide_u = can_load_wide(a.u, 2, kWide<S>);
+    a.wide_weight = can_load_wide(a.weight, 3, kWide<S>);
+  }
+  a.part = P > 1 ? ceil_div(P, std::clamp<int64_t>(kItems / types, 1, P)) : matrices;
+  a.parts = P > 1 ? ceil_div(P, a.part) : 1;
+  a.groups = P > 1 ? types * a.parts : ceil_div(I, a.part);
+  return p;
+}
+
+}  // namespace caps::gpu

@@ -1,0 +1,259 @@
+// The passes of dense_capsules on a GPU in tiles, for sizes in the table of tiles.
+#pragma once
+
+#include <caps/gpu_dense_block.h>
+
+namespace caps::gpu {
+
+// A pass of forward: partial[chunk] of a tile becomes Σ c û over a chunk of lower capsules. In the first iteration c is
+// the same throughout and is left to whoever adds the chunks.
+template <typename Tile>
+CAPS_DEVICE void route(DenseBlock<Tile>& block, int tile, int64_t chunk, bool first, bool last) {
+  using Block = DenseBlock<Tile>;
+  using T = typename Tile::T;
+  const DenseArgs& args = block.args;
+  const int64_t I = args.u.size[1], i0 = chunk * args.chunk, i1 = i0 + args.chunk < I ? i0 + args.chunk : I;
+  typename Block::Values sums{}, V;
+  if (!first) block.load_values(static_cast<const T*>(args.V), tile, V);
+  auto* coupling = static_cast<typename Tile::scalar_t*>(last ? args.coupling.data : nullptr);
+  const auto put_coupling = [&](int r, int j, T c) {
+    const int64_t b = int64_t(tile) * Tile::kSamples + r;
+    if (coupling && b < args.u.size[0]) {
+      coupling[(b * I + block.capsule()) * block.layout.J + j] = narrow<typename Tile::scalar_t>(c);
+    }
+  };
+  block.start({int(i0), int(i1), tile, tile + 1});
+  for (int64_t i = i0; i < i1; ++i) {
+    block.next();
+    if (first) {
+      block.votes(sums);
+      if (coupling) block.for_scores([&](int r, int j) { put_coupling(r, j, block.uniform()); });
+      continue;
+    }
+    typename Block::Values x{};
+    block.votes(x);
+    block.put_scores(x, V, block.scores(0));
+    __syncthreads();
+    block.template softmax<false>(block.scores(0), block.scores(0), put_coupling);
+    __syncthreads();
+    block.add_scaled(sums, block.scores(0), x);
+  }
+  block.finish();
+  block.store_values(static_cast<T*>(args.partial) + chunk * args.u.size[0] * block.layout.J * block.layout.E, tile,
+                     sums);
+}
+
+// A pass of backward for iteration t: partial[chunk] of a tile becomes Σ gb û.
+template <typename Tile>
+CAPS_DEVICE void route_backward(DenseBlock<Tile>& block, int tile, int64_t chunk, int64_t t) {
+  using Block = DenseBlock<Tile>;
+  using T = typename Tile::T;
+  const DenseArgs& args = block.args;
+  const int64_t I = args.u.size[1], i0 = chunk * args.chunk, i1 = i0 + args.chunk < I ? i0 + args.chunk : I;
+  const int64_t all = args.u.size[0] * block.layout.J * block.layout.E;
+  typename Block::Values sums{}, V, g;
+  block.load_values(static_cast<const T*>(args.V) + (t - 1) * all, tile, V);
+  block.load_values(static_cast<const T*>(args.g) + t * all, tile, g);
+  block.start({int(i0), int(i1), tile, tile + 1});
+  for (int64_t i = i0; i < i1; ++i) {
+    block.next();
+    typename Block::Values x{};
+    block.votes(x);
+    block.put_scores(x, V, block.scores(0));
+    block.put_scores(x, g, block.scores(1));
+    __syncthreads();
+    block.template softmax<true>(block.scores(0), block.scores(1), [](int, int, T) {});
+    __syncthreads();
+    block.add_scaled(sums, block.scores(1), x);
+  }
+  block.finish();
+  block.store_values(static_cast<T*>(args.partial) + chunk * all, tile, sums);
+}
+
+// The gradients of u and of the matrices of a group of lower capsules: for each capsule and tile of samples û, the
+// coefficients of every iteration, gû, and its products with W and u.
+template <typename Tile>
+class DenseGradients {
+  using Block = DenseBlock<Tile>;
+  using Values = typename Block::Values;
+  using S = typename Tile::scalar_t;
+  using T = typename Tile::T;
+
+ public:
+  CAPS_DEVICE explicit DenseGradients(Block& b)
+      : block_(b), args_(b.args), grad_u_(b.rest()), sums_(grad_u_ + b.warps * Tile::kSamples * b.layout.depth) {}
+
+  // One group: `part` lower capsules, whose matrices are their own or one that they share.
+  CAPS_DEVICE void run(int64_t group) {
+    const int64_t I = args_.u.size[1], P = args_.positions;
+    const bool shared = P > 1;
+    const int64_t type = group / args_.parts, end = shared ? (type + 1) * P : I;
+    const int64_t i0 = shared ? type * P + group % args_.parts * args_.part : group * args_.part;
+    const int i1 = int(i0 + args_.part < end ? i0 + args_.part : end), matrices = shared ? 1 : i1 - int(i0);
+    const int64_t size = block_.layout.matrix();
+    __syncthreads();
+    for (int64_t n = block_.thread; n < matrices * size; n += blockDim.x) sums_[n] = 0;
+    const int tiles = int(args_.tiles);
+    block_.start({int(i0), i1, 0, tiles});
+    for (int tile = 0; tile < tiles; ++tile) {
+      for (int i = int(i0); i < i1; ++i) {
+        block_.next();
+        capsule(sums_ + (shared ? 0 : (i - i0) * size));
+      }
+    }
+    block_.finish();
+    __syncthreads();
+    if (args_.weight_parts) {
+      put(static_cast<T*>(args_.weight_parts) + group * block_.layout.J * block_.layout.D * block_.layout.E, sums_);
+      return;
+    }
+    for (int n = 0; n < matrices; ++n) {
+      const int64_t matrix = shared ? type : i0 + n;
+      put(static_cast<S*>(args_.grad_weight.data) + matrix * block_.layout.J * block_.layout.D * block_.layout.E,
+          sums_ + n * size);
+    }
+  }
+
+ private:
+  CAPS_DEVICE void capsule(T* sums) {
+    const int64_t all = args_.u.size[0] * block_.layout.J * block_.layout.E;
+    const T *V = static_cast<const T*>(args_.V), *g = static_cast<const T*>(args_.g);
+    const int R = int(args_.iterations), tile = block_.tile();
+    Values grad{}, x{};
+    if (!args_.last_only || R == 1) {
+      block_.load_values(g, tile, grad);
+      const T c = block_.uniform();
+#pragma unroll
+      for (int k = 0; k < Tile::kParents; ++k) {
+#pragma unroll
+        for (int m = 0; m < Tile::kRows; ++m) {
+#pragma unroll
+          for (int n = 0; n < Tile::kWidth; ++n) grad[k][m][n] *= c;
+        }
+      }
+    }
+    if (R > 1) block_.votes(x);
+    for (int t = args_.last_only && R > 1 ? R - 1 : 1; t < R; ++t) {
+      Values y;
+      block_.load_values(V + (t - 1) * all, tile, y);
+      block_.put_scores(x, y, block_.scores(0));
+      block_.load_values(g + t * all, tile, y);
+      block_.put_scores(x, y, block_.scores(1));
+      __syncthreads();
+      block_.template softmax<true>(block_.scores(0), block_.scores(1), [](int, int, T) {});
+      __syncthreads();
+      block_.add_scaled(grad, block_.scores(0), y);
+      if (args_.last_only) continue;
+      block_.load_values(V + (t - 1) * all, tile, y);
+      block_.add_scaled(grad, block_.scores(1), y);
+    }
+    for (int d0 = 0; d0 < block_.layout.depth; d0 += kStep) put_grad_u(grad, d0);
+    for (int d = 0; d < block_.layout.D; ++d) add_grad_weight(grad, d, sums);
+    __syncthreads();
+    write_grad_u(tile);
+  }
+
+  // Σ_je gû W of a warp's parents, for kStep numbers d.
+  CAPS_DEVICE void put_grad_u(const Values& grad, int d0) const {
+    T result[Tile::kRows][kStep] = {};
+    const S* w = block_.weight();
+#pragma unroll
+    for (int k = 0; k < Tile::kParents; ++k) {
+      if (!block_.has(k)) continue;
+#pragma unroll
+      for (int d = 0; d < kStep; ++d) {
+        const S* at = w + (block_.parent(k) * block_.layout.depth + d0 + d) * DenseLayout<Tile>::kWeightRow;
+#pragma unroll
+        for (int n = 0; n < Tile::kWidth; n += Tile::kVec) {
+          const Pack<T, Tile::kVec> w_e = load_pack<Tile::kVec>(at + block_.number(n));
+#pragma unroll
+          for (int m = 0; m < Tile::kRows; ++m) {
+#pragma unroll
+            for (int v = 0; v < Tile::kVec; ++v) result[m][d] += grad[k][m][n + v] * w_e[v];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < Tile::kRows; ++m) {
+      T* to = grad_u_ + (block_.warp * Tile::kSamples + block_.row(m)) * block_.layout.depth + d0;
+#pragma unroll
+      for (int d = 0; d < kStep; ++d) {
+        const T sum = group_sum(result[m][d], Tile::kLanes);
+        if (block_.e_lane == 0) to[d] = sum;
+      }
+    }
+  }
+
+  // Adds the warps in their order.
+  CAPS_DEVICE void write_grad_u(int tile) const {
+    const auto& out = args_.grad_u;
+    const int D = block_.layout.D, size = Tile::kSamples * block_.layout.depth;
+    for (int n = block_.thread; n < Tile::kSamples * D; n += int(blockDim.x)) {
+      const int row = n / D, d = n % D;
+      const int64_t b = int64_t(tile) * Tile::kSamples + row;
+      if (b >= args_.u.size[0]) break;
+      T sum = 0;
+      for (int warp = 0; warp < block_.warps; ++warp) sum += grad_u_[warp * size + row * block_.layout.depth + d];
+      static_cast<S*>(out.data)[(b * out.size[1] + block_.capsule()) * D + d] = narrow<S>(sum);
+    }
+  }
+
+  // Adds Σ_b u gû of a number d to the sums of a matrix: over a thread's samples, then over lanes, which halve the
+  // numbers e they hold at each step until one is left, and then add it up.
+  CAPS_DEVICE void add_grad_weight(const Values& grad, int d, T* sums) const {
+    T u[Tile::kRows];
+#pragma unroll
+    for (int m = 0; m < Tile::kRows; ++m) u[m] = widen(block_.u()[block_.row(m) * block_.layout.u_row + d]);
+#pragma unroll
+    for (int k = 0; k < Tile::kParents; ++k) {
+      if (!block_.has(k)) continue;
+      T part[Tile::kWidth] = {};
+#pragma unroll
+      for (int m = 0; m < Tile::kRows; ++m) {
+#pragma unroll
+        for (int n = 0; n < Tile::kWidth; ++n) part[n] += u[m] * grad[k][m][n];
+      }
+      const int n = scatter_sum<Tile::kWidth, 16>(part, 0);
+      // Lanes that differ in what is left of the bits of samples hold the same sum.
+      if (block_.row0 % (Tile::kSampleLanes / Tile::kWidth) == 0) {
+        sums[(block_.parent(k) * block_.layout.D + d) * Tile::kE + block_.number(n)] += part[0];
+      }
+    }
+  }
+
+  // part[0] becomes the sum over sample lanes of number n, which is returned.
+  template <int size, int bit>
+  CAPS_DEVICE int scatter_sum(T (&part)[Tile::kWidth], int n) const {
+    if constexpr (bit < Tile::kLanes) {
+      return n;
+    } else if constexpr (size == 1) {
+      part[0] += __shfl_xor_sync(0xffffffffu, part[0], bit);
+      return scatter_sum<1, bit / 2>(part, n);
+    } else {
+      const bool upper = block_.thread % 32 & bit;
+#pragma unroll
+      for (int k = 0; k < size / 2; ++k) {
+        const T other = upper ? part[k] : part[k + size / 2];
+        part[k] = (upper ? part[k + size / 2] : part[k]) + __shfl_xor_sync(0xffffffffu, other, bit);
+      }
+      return scatter_sum<size / 2, bit / 2>(part, n + (upper ? size / 2 : 0));
+    }
+  }
+
+  // The sums of one matrix, to [J, D, E].
+  template <typename out_t>
+  CAPS_DEVICE void put(out_t* to, const T* sums) const {
+    const int E = block_.layout.E, rows = block_.layout.J * block_.layout.D;
+    for (int n = block_.thread; n < rows * E; n += int(blockDim.x)) {
+      to[n] = narrow<out_t>(sums[n / E * Tile::kE + n % E]);
+    }
+  }
+
+  static constexpr int kStep = DenseLayout<Tile>::kUnit < 4 ? DenseLayout<Tile>::kUnit : 4;
+  Block& block_;
+  const DenseArgs& args_;
+  T *const grad_u_, *const sums_;
+};
+
+}  // namespace caps::gpu
