@@ -8,7 +8,7 @@ import torch
 from tests.cases import Case, dense_capsules
 from tests.cuda_host import host
 from tests.cuda_host.test_ops import run
-from tests.test_op_contract import RTOL, assert_near, prepared, wanted_of
+from tests.test_op_contract import RTOL, assert_near, wanted_of
 
 TILES = (
     # Rows of the table of tiles (csrc/include/caps/gpu_dense_plan.h) by J and E: both sides of each limit.
@@ -26,18 +26,21 @@ TILES = (
     dense_capsules("B-17", 17, 3, 2, 8, 16, leaky=True),
     dense_capsules("B-33", 33, 3, 2, 8, 16, routing_grad="last", bias=True),
     dense_capsules("B-33-shared", 33, 4, 2, 7, 15, positions=2),
-    # Chunks of several lower capsules, and groups of several matrices.
-    dense_capsules("I-600", 2, 600, 1, 1, 2, iterations=2),
-    dense_capsules("I-600-shared", 2, 600, 1, 1, 2, positions=300, iterations=2),
     # D of more than one step, and more of W than shared memory holds.
     dense_capsules("D-17", 2, 2, 2, 17, 16),
     dense_capsules("D-64", 1, 2, 59, 64, 16, iterations=1),
 )
+LONG = (
+    # Chunks of more lower capsules than stages of shared memory, and groups of as many matrices.
+    dense_capsules("I-1330", 2, 1330, 1, 1, 2, iterations=2),
+    dense_capsules("I-1330-shared", 2, 1330, 1, 1, 2, positions=1330, iterations=2),
+)
+RUNS = [(case, dtype) for case in TILES for dtype in RTOL]
+RUNS += [(case, dtype) for case in LONG for dtype in (torch.float32, torch.bfloat16)]
 ORDERS = ({"order": 0, "processors": 3}, {"order": 2, "seed": 1, "processors": 1})
 
 
-@pytest.mark.parametrize("case", TILES, ids=str)
-@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
 def test_both_sides_of_every_tile(case: Case, dtype: torch.dtype, raw_ops: None) -> None:
     inputs = case.inputs(dtype, requires_grad=False)
     library = host.load("dense_capsules")
@@ -60,7 +63,6 @@ def test_launches(iterations: int, positions: int, raw_ops: None) -> None:
     case = dense_capsules("launches", 2, 4, 2, 3, 4, positions=positions, bias=True, iterations=iterations)
     inputs = case.inputs(torch.float32, requires_grad=False)
     library = host.load("dense_capsules")
-    u, weight, bias, *_ = prepared(case, inputs)
     library.launches()
     together = run(case, inputs)
     assert library.launches() == 1 + 2
