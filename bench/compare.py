@@ -92,7 +92,7 @@ def serve(lines: TextIO, answers: TextIO, device: str) -> None:
 def _prepare(case: Case, device: str, clock: Clock) -> tuple[list[Contender], torch.Tensor, dict[str, int]]:
     inputs, grad_output = case.inputs(device), case.grad_output(device)
     names = [name for name in backends.available() if name != "reference"] or ["reference"]
-    built, _ = build(case, inputs, Limits.here(), only=names)
+    built, _ = build(case, inputs, Limits.here(device=device), only=names)
     outcomes = {contender.name: measure.Outcome(contender.name, True) for contender in built}
     measure.check(case, built, outcomes, grad_output)
     present, repeats = [], {}

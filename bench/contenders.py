@@ -29,9 +29,9 @@ class Limits:
     """Of one call's peak memory above its inputs, as estimated."""
 
     @staticmethod
-    def here(seconds: float = 30.0, gib: float | None = None) -> Limits:
-        """The given limits, and never more than 70 % of the memory that is free now."""
-        free = 0.7 * machine.available_memory()
+    def here(seconds: float = 30.0, gib: float | None = None, device: str = "cpu") -> Limits:
+        """The given limits, and never more than 70 % of the device's memory that is free now."""
+        free = 0.7 * machine.available_memory(device)
         return Limits(seconds, min(free, 12 * 2**30 if gib is None else gib * 2**30))
 
     def reason(self, seconds: float, size: float) -> str | None:

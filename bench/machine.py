@@ -39,8 +39,10 @@ def restart_with_warm_heap(script: Path) -> NoReturn:
     os.execve(sys.executable, [sys.executable, str(script), *sys.argv[1:]], environment(warm=True))
 
 
-def available_memory() -> float:
-    """Bytes that can be had without swapping; infinite where the system does not say."""
+def available_memory(device: str = "cpu") -> float:
+    """Bytes that can be had without swapping (infinite where the system does not say); of "cuda", free on the GPU."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
     return _proc_bytes("/proc/meminfo", "MemAvailable") or float("inf")
 
 

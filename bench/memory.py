@@ -1,5 +1,7 @@
 """Peak memory of one call, in a fresh process: `python -m bench.memory main einsum both` prints it.
 
+On a GPU it is what torch's allocator held at most, above the inputs. On a CPU:
+
 The process makes the inputs, calls once at a tiny size (which loads libraries and starts threads), has the system
 start its record of peak memory anew, and calls. What is reported is the record less what was resident before, so
 results and gradients count and inputs do not. The heap is glibc's default one, which gives freed memory back.
@@ -60,14 +62,15 @@ def peak(case: Case, contender: str, quantity: str, device: str = "cpu") -> int 
     if contender.startswith("compile"):
         # Compiling takes more memory than calling, and is bound to the sizes.
         _call(found, quantity, case, device)
+    grad_output = case.grad_output(device)
+    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _call(found, quantity, case, device)
+        _call(found, quantity, case, device, grad_output)
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    grad_output = case.grad_output()
-    gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
     if not machine.reset_peak():
@@ -78,12 +81,12 @@ def peak(case: Case, contender: str, quantity: str, device: str = "cpu") -> int 
 
 
 def _find(case: Case, name: str, device: str) -> Contender | str:
-    inputs = case.inputs(device)
+    inputs, limits = case.inputs(device), Limits.here(device=device)
     if not name.startswith("compile"):
         # Choosing a layout of W makes calls; memory does not depend on it.
-        present, absent = build(case, inputs, Limits.here(), compiled=False, only=[name], choose_layout=False)
+        present, absent = build(case, inputs, limits, compiled=False, only=[name], choose_layout=False)
     else:
-        present, absent = build(case, inputs, Limits.here(), only=[name], choose_layout=False)
+        present, absent = build(case, inputs, limits, only=[name], choose_layout=False)
     if not present:
         return absent[0].reason if absent else f"there is no {name!r} in this case"
     return present[0]

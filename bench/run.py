@@ -103,7 +103,7 @@ class Run:
         minutes = given.minutes if given.minutes is not None else (4 if given.quick else 40)
         self.given, self.cases, self.device = given, cases, device
         self.deadline = time.monotonic() + 60 * minutes
-        self.limits = Limits.here(given.limit_seconds, given.limit_gib)
+        self.limits = Limits.here(given.limit_seconds, given.limit_gib, device)
         self.record = Record({}, {}, ceilings.measure(torch.get_num_threads(), device))
         self.outcomes: dict[str, list[measure.Outcome]] = {}
         self.peaks: dict[str, dict[str, dict[str, int | str]]] = {}
@@ -145,7 +145,7 @@ class Run:
         if self.time_left() < reserve:
             return "the time is over (--minutes)"
         size = case.torch_dtype.itemsize * sum(math.prod(shape) for shape in case.shapes().values())
-        free = machine.available_memory() if self.device == "cpu" else float(torch.cuda.mem_get_info()[0])
+        free = machine.available_memory(self.device)
         # Inputs, gradients, another layout of W where there are baselines, and room for float64.
         needed = (3 if case.peers and size < 2**30 else 2) * size + 2**31
         if needed > 0.9 * free:
@@ -213,19 +213,21 @@ def run(given: argparse.Namespace, cases: Sequence[Case], device: str) -> None:
     print("\n".join(current.record.ceilings.lines()), f"\n\n{report.LEGEND}\n", flush=True)
     first = [case for case in cases if case in TARGETS]
     current.time(first, 0.0 if given.only else _RESERVE)
-    if not given.no_memory and machine.reset_peak():
+    weighs = not given.no_memory and (device == "cuda" or machine.reset_peak())
+    if weighs:
         current.measure_memory(first, _RESERVE)
     default = None if given.only else current.measure_default_heap()
     sweeps = [case for case in cases if case not in TARGETS]
     current.time(sweeps, 2 * _RESERVE)
-    if not given.no_memory and machine.reset_peak():
+    if weighs:
         current.measure_memory(sweeps, _RESERVE / 3)
     after = ceilings.measure(torch.get_num_threads(), device)
     finish(current, default, after)
     if given.json is not None:
         content = {"machine": about, "measures": Clock(device).what, **report.as_dict(current.record)}
         content |= {"ceilings_at_the_end": vars(after), "not_run": current.not_run}
-        content |= {"targets": report.target_rows(current.record), "losses": report.losses(current.record)}
+        targets = report.target_rows(current.record) if device == "cpu" else []
+        content |= {"targets": targets, "losses": report.losses(current.record)}
         content |= {"default_heap": report.as_dict(default)["cases"] if default is not None else {}}
         report.write_json(given.json, content)
         print(f"wrote {given.json}")
@@ -241,8 +243,9 @@ def finish(current: Run, default: Record | None, after: ceilings.Ceilings) -> No
         print("Peak memory of one call above its inputs, fresh process:\n\n" + report.memory_table(record) + "\n")
     if default is not None:
         print("glibc's default heap against the warm one:\n\n" + report.heap_table(record, default) + "\n")
-    print("Targets (the machine they are set for has 2 cores with AVX-512):\n")
-    print(report.target_table(record, missing=current.cases == list(CASES)) + "\n")
+    if current.device == "cpu":
+        print("Targets (the machine they are set for has 2 cores with AVX-512):\n")
+        print(report.target_table(record, missing=current.cases == list(CASES)) + "\n")
     lost = report.losses(record)
     print(f"Slower than a baseline: {len(lost) or 'nowhere'}")
     print("".join(f"  {line}\n" for line in lost))

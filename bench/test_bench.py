@@ -44,10 +44,10 @@ def ready(request: pytest.FixtureRequest) -> Ready:
     case: Case
     case, name = request.param
     size = 3 * sum(torch.Size(shape).numel() for shape in case.shapes().values()) * case.torch_dtype.itemsize
-    if size + 2**31 > machine.available_memory():
+    if size + 2**31 > machine.available_memory(DEVICE):
         pytest.skip("not enough memory")
     grad_output = case.grad_output(DEVICE)
-    present, absent = build(case, case.inputs(DEVICE), Limits.here(), only=[name])
+    present, absent = build(case, case.inputs(DEVICE), Limits.here(device=DEVICE), only=[name])
     if not present:
         pytest.skip(absent[0].reason if absent else f"{name} does not run {case.op}")
     outcomes = {name: measure.Outcome(name, present[0].ours)}

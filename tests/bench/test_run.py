@@ -48,7 +48,7 @@ def test_no_case_is_begun_when_the_time_is_over(capsys: pytest.CaptureFixture[st
 def test_no_case_is_begun_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "available_memory", lambda: 2.0**30)
+    monkeypatch.setattr(machine, "available_memory", lambda *_: 2.0**30)
     given = run.build_parser().parse_args(["--heap", "default", "--no-memory"])
     run.run(given, [TINY], "cpu")
     assert "not run: needs about 2 GiB, 1 are free" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""dense_capsules of backend "cuda" on the host: both sides of every tile, how many launches, and what its tests notice."""
+"""dense_capsules of backend "cuda" on the host: both sides of every tile, how many launches, what its tests notice."""
 
 from __future__ import annotations
 
