@@ -15,7 +15,7 @@ namespace caps::gpu {
 namespace {
 
 template <typename Tile>
-constexpr int kMaxThreads = is_plain<Tile> ? kPlainThreads : 32 * kMaxWarps;
+constexpr int kMaxThreads = 32 * Tile::kWarps;
 
 // f(tile of samples, chunk) for the items of this block.
 template <typename F>
@@ -36,11 +36,11 @@ CAPS_DEVICE void for_steps(const DenseArgs& args, const F& f) {
 
 // Steps 2 t and 2 t + 1: the pass of iteration t, and its sums.
 template <typename Tile>
-__global__ void __launch_bounds__(kMaxThreads<Tile>) dense_forward(const __grid_constant__ DenseArgs args) {
-  const DenseSums<typename Tile::scalar_t> sums(args);
+__global__ void __launch_bounds__(kMaxThreads<Tile>, Tile::kBlocks) dense_forward(const __grid_constant__ DenseArgs args) {
+  using Sums = DenseSums<typename Tile::scalar_t>;
   const auto steps = [&](const auto& route) {
     for_steps(args, [&](int64_t step) {
-      if (step % 2) return sums.finish_iteration(step / 2);
+      if (step % 2) return Sums(args).finish_iteration(step / 2);
       for_items(args, [&](int tile, int64_t chunk) { route(tile, chunk, step / 2); });
     });
   };
@@ -56,13 +56,13 @@ __global__ void __launch_bounds__(kMaxThreads<Tile>) dense_forward(const __grid_
 
 // Step 0: V and g of the last iteration; then, for t = R - 1 … 1, the pass of iteration t and its sums.
 template <typename Tile>
-__global__ void __launch_bounds__(kMaxThreads<Tile>) dense_backward(const __grid_constant__ DenseArgs args) {
-  const DenseSums<typename Tile::scalar_t> sums(args);
+__global__ void __launch_bounds__(kMaxThreads<Tile>, 1) dense_backward(const __grid_constant__ DenseArgs args) {
+  using Sums = DenseSums<typename Tile::scalar_t>;
   const auto steps = [&](const auto& route) {
     for_steps(args, [&](int64_t step) {
       const int64_t t = args.iterations - (step + 1) / 2;
-      if (step == 0) sums.start_backward();
-      else if (step % 2 == 0) sums.finish_backward(t);
+      if (step == 0) Sums(args).start_backward();
+      else if (step % 2 == 0) Sums(args).finish_backward(t);
       else for_items(args, [&](int tile, int64_t chunk) { route(tile, chunk, t); });
     });
   };
@@ -78,16 +78,16 @@ __global__ void __launch_bounds__(kMaxThreads<Tile>) dense_backward(const __grid
 
 // Step 0: gradients of u, W and bias; step 1, where matrices are shared: the sums of their parts.
 template <typename Tile>
-__global__ void __launch_bounds__(kMaxThreads<Tile>) dense_gradients(const __grid_constant__ DenseArgs args) {
+__global__ void __launch_bounds__(kMaxThreads<Tile>, 1) dense_gradients(const __grid_constant__ DenseArgs args) {
   CAPS_DYNAMIC_SHARED(shared);
   using T = typename Tile::T;
-  const DenseSums<typename Tile::scalar_t> sums(args);
+  using Sums = DenseSums<typename Tile::scalar_t>;
   const auto steps = [&](const auto& gradients) {
     for_steps(args, [&](int64_t step) {
-      if (step == 1) return sums.add_weight_parts();
-      for (int64_t item = blockIdx.x; item < args.groups + sums.bias_items(args); item += gridDim.x) {
+      if (step == 1) return Sums(args).add_weight_parts();
+      for (int64_t item = blockIdx.x; item < args.groups + Sums::bias_items(args); item += gridDim.x) {
         if (item < args.groups) gradients(item);
-        else sums.bias_gradient(item - args.groups, reinterpret_cast<T*>(shared));
+        else Sums(args).bias_gradient(item - args.groups, reinterpret_cast<T*>(shared));
       }
     });
   };
@@ -159,7 +159,7 @@ std::tuple<int64_t, int64_t, int64_t, bool, bool> dense_capsules_regime(Tensor u
     const Plan p = plan<Tile>(a);
     const bool cooperative = gpu.resident_blocks(dense_forward<Tile>, {1, p.threads, p.forward_bytes}) > 0;
     if constexpr (is_plain<Tile>) return {0, 0, 0, false, cooperative};
-    else return {Tile::kSamples, kMaxWarps * Tile::kParents, Tile::kE, Tile::kTensorCores, cooperative};
+    else return {Tile::kSamples, Tile::kWarps * Tile::kParents, Tile::kE, Tile::kTensorCores, cooperative};
   });
 }
 

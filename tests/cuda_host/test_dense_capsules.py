@@ -1,4 +1,4 @@
-"""dense_capsules of backend "cuda" on the host: both sides of every tile, how many launches, what its tests notice."""
+"""dense_capsules of backend "cuda" on the host: both sides of every tile, launches, and what its tests notice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tests.test_op_contract import RTOL, assert_near, wanted_of
 
 TILES = (
     # Rows of the table of tiles (csrc/include/caps/gpu_dense_plan.h) by J and E: both sides of each limit.
-    dense_capsules("J-16", 2, 2, 16, 8, 16, bias=True),
+    dense_capsules("J-10", 2, 2, 10, 8, 16, bias=True),
+    dense_capsules("J-11", 2, 2, 11, 8, 16, leaky=True),
+    dense_capsules("J-16", 2, 2, 16, 3, 16),
     dense_capsules("J-17", 2, 2, 17, 8, 16),
     dense_capsules("J-64", 1, 2, 64, 4, 9, iterations=2),
     dense_capsules("J-65", 1, 2, 65, 3, 5, iterations=2),

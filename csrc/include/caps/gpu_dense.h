@@ -12,7 +12,6 @@ namespace caps::gpu {
 
 #define CAPS_BOTH __host__ __device__ inline
 
-constexpr int kMaxWarps = 16;
 constexpr int kSoftmaxLanes = 8;  // lanes that share a softmax
 
 struct DenseArgs {
@@ -36,14 +35,18 @@ struct DenseArgs {
 };
 
 // A row of the table of tiles.
-//   e_lanes, rows, width, parents: above;   product: tensor cores (m16n8k8) or FMA
-template <typename scalar, int e_lanes, int rows, int width, int parents, bool tensor_cores = false>
+//   e_lanes, rows, width, parents: above;   warps: the most in a block;   blocks: that share a processor in forward
+//   keep: V and g of a tile stay in registers while a block runs over lower capsules; else they are read again for each
+//   tensor_cores: products by m16n8k8, or else by FMA
+template <typename scalar, int e_lanes, int rows, int width, int parents, int warps, int blocks, bool keep,
+          bool tensor_cores = false>
 struct DenseTile {
   using scalar_t = scalar;
   using T = Acc<scalar>;
   static constexpr int kLanes = e_lanes, kRows = rows, kWidth = width, kParents = parents;
   static constexpr int kSampleLanes = 32 / e_lanes, kSamples = kSampleLanes * rows, kE = e_lanes * width;
-  static constexpr bool kTensorCores = tensor_cores;
+  static constexpr int kWarps = warps, kBlocks = blocks;
+  static constexpr bool kKeep = keep, kTensorCores = tensor_cores;
   static constexpr int kVec = tensor_cores ? 2 : kWide<T>;
   static constexpr int kDepth = tensor_cores ? 8 : kWide<scalar>;  // D is padded with zeros to a multiple of it
   static_assert(!tensor_cores || (e_lanes == 4 && rows == 2), "lanes as in the fragments of m16n8k8");

@@ -31,9 +31,9 @@ CAPS_DEVICE void store_pack(T* to, const Pack<T, n>& value) {
   *reinterpret_cast<Bits*>(to) = bits;
 }
 
-// Lower capsules i0 … i1 - 1 of sample tiles tile0 … tile1 - 1, capsules within tiles.
+// `count` lower capsules from i0 on, for each of `tiles` tiles of samples from tile0 on. Their product is below 2^31.
 struct Walk {
-  int i0, i1, tile0, tile1;
+  int i0, count, tile0, tiles;
 };
 
 template <typename Tile>
@@ -49,8 +49,7 @@ class DenseBlock {
 
   const DenseArgs& args;
   const DenseLayout<Tile> layout;
-  const int thread = int(threadIdx.x), warps = int(blockDim.x) / 32, warp = thread / 32;
-  const int row0 = thread % 32 / kLanes, e_lane = thread % kLanes;
+  int thread, warp, row0, e_lane;
 
   CAPS_DEVICE DenseBlock(const DenseArgs& a, unsigned char* shared)
       : args(a),
@@ -59,12 +58,26 @@ class DenseBlock {
         weights_(reinterpret_cast<S*>(shared)),
         us_(weights_ + stages_ * layout.weight_size),
         scores_(reinterpret_cast<T*>(us_ + stages_ * layout.u_size)) {
+    forget();
     // What pads D and E stays zero: copies never reach it.
     for (int n = thread; n < stages_ * (layout.weight_size + layout.u_size); n += int(blockDim.x)) weights_[n] = S{};
     __syncthreads();
   }
 
-  CAPS_DEVICE int parent(int k) const { return warp + k * warps; }
+  // Hides from the compiler that the thread is the same as before, so that it works out again what follows from that:
+  // kept over the loop of lower capsules, that would fill half of the registers.
+  CAPS_DEVICE void forget() {
+    thread = int(threadIdx.x);
+#ifndef CAPS_ON_HOST
+    asm volatile("" : "+r"(thread));
+#endif
+    warp = thread / 32;
+    row0 = thread % 32 / kLanes;
+    e_lane = thread % kLanes;
+  }
+
+  CAPS_DEVICE int warps() const { return int(blockDim.x) / 32; }
+  CAPS_DEVICE int parent(int k) const { return warp + k * warps(); }
   CAPS_DEVICE int row(int m) const { return row0 + m * Tile::kSampleLanes; }
   CAPS_DEVICE int number(int n) const { return n / kVec * (kLanes * kVec) + e_lane * kVec + n % kVec; }
   CAPS_DEVICE bool has(int k) const { return parent(k) < layout.J; }
@@ -77,28 +90,31 @@ class DenseBlock {
   // Begins to fetch the first lower capsules of a walk. All that were fetched before have been used.
   CAPS_DEVICE void start(const Walk& walk) {
     walk_ = walk;
-    positions_ = int(args.positions);
-    read_ = fetch_ = begin_ = Cursor{walk.i0, walk.tile0, 0, 0, walk.i0 / positions_, walk.i0 % positions_};
+    at_ = -1;
     __syncthreads();
-    for (int n = 0; n < stages_ - 1; ++n) fetch(n == 0);
-    first_ = true;
+    for (int n = 0; n < stages_ - 1; ++n) fetch(n);
   }
 
   // Goes to the next lower capsule, whose W and u are then there for all, and fetches one more.
   CAPS_DEVICE void next() {
-    if (!first_) advance(read_);
-    first_ = false;
-    wait_for(stages_ - 2);
+    ++at_;
+    if (stages_ == 2) async_wait<0>();
+    else async_wait<2>();
     __syncthreads();
-    fetch(false);
+    forget();
+    fetch(at_ + stages_ - 1);
+    forget();
   }
 
-  CAPS_DEVICE void finish() { async_wait<0>(); }
+  CAPS_DEVICE void finish() {
+    async_wait<0>();
+    forget();
+  }
 
-  CAPS_DEVICE const S* weight() const { return weights_ + read_.weight_slot * layout.weight_size; }
-  CAPS_DEVICE const S* u() const { return us_ + read_.u_slot * layout.u_size; }
-  CAPS_DEVICE int capsule() const { return read_.i; }
-  CAPS_DEVICE int tile() const { return read_.tile; }
+  CAPS_DEVICE const S* weight() const { return weights_ + stage(matrix(at_)) * layout.weight_size; }
+  CAPS_DEVICE const S* u() const { return us_ + stage(at_) * layout.u_size; }
+  CAPS_DEVICE int capsule() const { return walk_.i0 + at_ % walk_.count; }
+  CAPS_DEVICE int tile() const { return walk_.tile0 + at_ / walk_.count; }
 
   // x += û
   CAPS_DEVICE void votes(Values& x) const {
@@ -106,30 +122,56 @@ class DenseBlock {
     else votes_by_fma(x);
   }
 
-  // Numbers of this thread from [B, J, E] in the type of sums; 0 where there is no such sample or number.
-  CAPS_DEVICE void load_values(const T* from, int tile, Values& x) const {
-    const int J = layout.J, E = layout.E;
+  using Row = T[kWidth];
+
+  // The numbers of this thread for one of its parents and samples, from [B, J, E] in the type of sums; 0 where there is
+  // no such parent, sample or number.
+  CAPS_DEVICE void load_row(const T* from, int tile, int k, int m, Row& x) const {
+    const int E = layout.E;
+    const bool there = has(k) && sample(tile, m) < args.u.size[0];
+    const T* row = from + (sample(tile, m) * layout.J + parent(k)) * E;
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      const bool there = sample(tile, m) < args.u.size[0];
-      const T* of_sample = from + sample(tile, m) * J * E;
+    for (int n = 0; n < kWidth; n += kVec) {
+      if (there && E == Tile::kE) {
+        const Pack<T, kVec> pack = load_pack<kVec>(row + number(n));
 #pragma unroll
-      for (int k = 0; k < kParents; ++k) {
+        for (int v = 0; v < kVec; ++v) x[n + v] = pack[v];
+      } else {
 #pragma unroll
-        for (int n = 0; n < kWidth; n += kVec) {
-          const T* at = of_sample + parent(k) * E + number(n);
-          if (there && has(k) && E == Tile::kE) {
-            const Pack<T, kVec> pack = load_pack<kVec>(at);
-#pragma unroll
-            for (int v = 0; v < kVec; ++v) x[k][m][n + v] = pack[v];
-          } else {
-#pragma unroll
-            for (int v = 0; v < kVec; ++v) x[k][m][n + v] = there && has(k) && number(n) + v < E ? at[v] : T(0);
-          }
-        }
+        for (int v = 0; v < kVec; ++v) x[n + v] = there && number(n) + v < E ? row[number(n) + v] : T(0);
       }
     }
   }
+
+  CAPS_DEVICE void load_values(const T* from, int tile, Values& x) const {
+#pragma unroll
+    for (int k = 0; k < kParents; ++k) {
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) load_row(from, tile, k, m, x[k][m]);
+    }
+  }
+
+  // V or g of a tile: kept in registers, or read again row by row, from the first level cache for all but the first.
+  class Vectors {
+   public:
+    CAPS_DEVICE Vectors(const DenseBlock& block, const T* from, int tile) : block_(block), from_(from), tile_(tile) {
+      if constexpr (Tile::kKeep) block.load_values(from, tile, kept_);
+    }
+    CAPS_DEVICE void row(int k, int m, Row& x) const {
+      if constexpr (Tile::kKeep) {
+#pragma unroll
+        for (int n = 0; n < kWidth; ++n) x[n] = kept_[k][m][n];
+      } else {
+        block_.load_row(from_, tile_, k, m, x);
+      }
+    }
+
+   private:
+    const DenseBlock& block_;
+    const T* from_;
+    int tile_;
+    T kept_[Tile::kKeep ? kParents : 1][Tile::kKeep ? kRows : 1][Tile::kKeep ? kWidth : 1];
+  };
 
   CAPS_DEVICE void store_values(T* to, int tile, const Values& x) const {
     const int J = layout.J, E = layout.E;
@@ -157,33 +199,47 @@ class DenseBlock {
   }
 
   // Scores of this thread's samples and parents: Σ_e x y, into shared memory.
-  CAPS_DEVICE void put_scores(const Values& x, const Values& y, T* scores) const {
+  CAPS_DEVICE void put_scores(const Values& x, const Vectors& vectors, T* scores) const {
 #pragma unroll
     for (int k = 0; k < kParents; ++k) {
       if (!has(k)) continue;
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
+        Row y;
+        vectors.row(k, m, y);
         T sum = 0;
 #pragma unroll
-        for (int n = 0; n < kWidth; ++n) sum += x[k][m][n] * y[k][m][n];
+        for (int n = 0; n < kWidth; ++n) sum += x[k][m][n] * y[n];
         sum = group_sum(sum, kLanes);
         if (e_lane == 0) scores[row(m) * layout.score_row + parent(k)] = sum;
       }
     }
   }
 
-  // x += score · y, with scores from shared memory.
-  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const Values& y) const {
+  // x += score · y, with scores from shared memory; row(k, m, y) fills in y.
+  template <typename F>
+  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const F& row_of) const {
 #pragma unroll
     for (int k = 0; k < kParents; ++k) {
       if (!has(k)) continue;
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
+        Row y;
+        row_of(k, m, y);
         const T scale = scores[row(m) * layout.score_row + parent(k)];
 #pragma unroll
-        for (int n = 0; n < kWidth; ++n) x[k][m][n] += scale * y[k][m][n];
+        for (int n = 0; n < kWidth; ++n) x[k][m][n] += scale * y[n];
       }
     }
+  }
+  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const Vectors& vectors) const {
+    add_scaled(x, scores, [&](int k, int m, Row& y) { vectors.row(k, m, y); });
+  }
+  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const Values& y) const {
+    add_scaled(x, scores, [&](int k, int m, Row& row) {
+#pragma unroll
+      for (int n = 0; n < kWidth; ++n) row[n] = y[k][m][n];
+    });
   }
 
   // Logits, in shared memory, become coupling coefficients c. Where there are gc as well, they become
@@ -233,41 +289,21 @@ class DenseBlock {
   static CAPS_DEVICE Pack<T, kVec> pack_of(const T* from) { return pack_of<kVec>(from); }
 
  private:
-  // Where in the walk, and in which of the stages W and u are.
-  struct Cursor {
-    int i, tile, weight_slot, u_slot, type, position;
-  };
+  CAPS_DEVICE int stage(int n) const { return n & (stages_ - 1); }
 
-  static CAPS_DEVICE void wait_for(int left) {
-    if (left == 0) async_wait<0>();
-    else if (left == 1) async_wait<1>();
-    else async_wait<2>();
+  // How many matrices come before that of capsule n of the walk. A walk over several tiles is over capsules that share a
+  // matrix, or have each their own; where it is over one capsule, its matrix stays.
+  CAPS_DEVICE int matrix(int n) const {
+    if (positions_ == 1) return walk_.count == 1 ? 0 : n;
+    return walk_.tiles == 1 ? (walk_.i0 + n) / positions_ - walk_.i0 / positions_ : 0;
   }
 
-  // To the next lower capsule; whether it has another matrix.
-  CAPS_DEVICE bool advance(Cursor& at) const {
-    const int before = at.type;
-    if (++at.i == walk_.i1) {
-      at.i = walk_.i0;
-      ++at.tile;
-      at.type = begin_.type;
-      at.position = begin_.position;
-    } else if (++at.position == positions_) {
-      at.position = 0;
-      ++at.type;
-    }
-    at.u_slot = at.u_slot + 1 == stages_ ? 0 : at.u_slot + 1;
-    if (at.type == before) return false;
-    at.weight_slot = at.weight_slot + 1 == stages_ ? 0 : at.weight_slot + 1;
-    return true;
-  }
-
-  // Fetches the next lower capsule of the walk, if there is one.
-  CAPS_DEVICE void fetch(bool first) {
-    const bool fresh = first || advance(fetch_);
-    if (fetch_.tile < walk_.tile1) {
-      if (fresh) fetch_weight();
-      fetch_u();
+  // Fetches capsule n of the walk, if there is one.
+  CAPS_DEVICE void fetch(int n) const {
+    if (n < walk_.count * walk_.tiles) {
+      const int i = walk_.i0 + n % walk_.count;
+      if (n == 0 || matrix(n) != matrix(n - 1)) fetch_weight(i / positions_, stage(matrix(n)));
+      fetch_u(i, walk_.tile0 + n / walk_.count, stage(n));
     }
     async_commit();
   }
@@ -288,10 +324,10 @@ class DenseBlock {
     }
   }
 
-  CAPS_DEVICE void fetch_weight() const {
+  CAPS_DEVICE void fetch_weight(int64_t matrix, int stage) const {
     const auto& w = args.weight;
-    const S* from = static_cast<const S*>(w.data) + fetch_.type * w.stride[0];
-    S* to = weights_ + fetch_.weight_slot * layout.weight_size;
+    const S* from = static_cast<const S*>(w.data) + matrix * w.stride[0];
+    S* to = weights_ + stage * layout.weight_size;
     constexpr int to_row = DenseLayout<Tile>::kWeightRow;
     if (layout.depth == layout.D && w.stride[1] == layout.D * w.stride[2]) {
       fetch_rows(to, to_row, layout.J * layout.D, layout.E, w.stride[3], args.wide_weight,
@@ -304,11 +340,11 @@ class DenseBlock {
     }
   }
 
-  CAPS_DEVICE void fetch_u() const {
+  CAPS_DEVICE void fetch_u(int64_t i, int64_t tile, int stage) const {
     const auto& u = args.u;
-    const int64_t first = int64_t(fetch_.tile) * Tile::kSamples;
-    const S* from = static_cast<const S*>(u.data) + fetch_.i * u.stride[1];
-    fetch_rows(us_ + fetch_.u_slot * layout.u_size, layout.u_row, Tile::kSamples, layout.D, u.stride[2], args.wide_u,
+    const int64_t first = tile * Tile::kSamples;
+    const S* from = static_cast<const S*>(u.data) + i * u.stride[1];
+    fetch_rows(us_ + stage * layout.u_size, layout.u_row, Tile::kSamples, layout.D, u.stride[2], args.wide_u,
                [&](int r) { return first + r < u.size[0] ? from + (first + r) * u.stride[0] : nullptr; });
   }
 
@@ -375,10 +411,9 @@ class DenseBlock {
   const int stages_;
   S *const weights_, *const us_;
   T* const scores_;
+  const int positions_ = int(args.positions);
   Walk walk_{};
-  Cursor read_{}, fetch_{}, begin_{};
-  int positions_ = 1;
-  bool first_ = true;
+  int at_ = -1;
 };
 
 }  // namespace caps::gpu

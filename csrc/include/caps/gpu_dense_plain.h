@@ -11,7 +11,7 @@ class DensePlain {
  public:
   using scalar_t = scalar;
   using T = Acc<scalar>;
-  static constexpr int kSamples = 8;
+  static constexpr int kWarps = 8, kBlocks = 2, kSamples = kWarps;
 
   CAPS_DEVICE explicit DensePlain(const DenseArgs& a)
       : args_(a),
@@ -228,8 +228,6 @@ class DensePlain {
   const int64_t B_, I_, J_, D_, E_, all_;
   const int lane_ = int(threadIdx.x) % 32, warp_ = int(threadIdx.x) / 32, warps_ = int(blockDim.x) / 32;
 };
-
-constexpr int kPlainThreads = 32 * 8;
 
 template <typename Tile>
 constexpr bool is_plain = false;

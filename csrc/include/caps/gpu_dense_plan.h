@@ -22,28 +22,28 @@ struct Plan {
 };
 
 // The table, by dtype: the first row whose E and J are large enough is taken.
-//                                            e_lanes, rows, width, parents
+//             e_lanes, rows, width, parents, warps, blocks, keep
 template <typename scalar_t>
 struct DenseTiles {  // 16 bits: samples, numbers and lanes of a fragment of m16n8k8
-  using type = std::tuple<DenseTile<scalar_t, 4, 2, 4, 1, true>, DenseTile<scalar_t, 4, 2, 4, 4, true>,
-                          DenseTile<scalar_t, 4, 2, 8, 1, true>>;
+  using type =
+      std::tuple<DenseTile<scalar_t, 4, 2, 4, 1, 10, 2, true, true>, DenseTile<scalar_t, 4, 2, 4, 4, 16, 1, false, true>,
+                 DenseTile<scalar_t, 4, 2, 8, 1, 10, 2, true, true>>;
 };
 template <>
 struct DenseTiles<float> {
-  using type = std::tuple<DenseTile<float, 2, 2, 8, 1>, DenseTile<float, 2, 1, 8, 4>, DenseTile<float, 4, 2, 8, 1>>;
+  using type = std::tuple<DenseTile<float, 2, 2, 8, 1, 10, 2, true>, DenseTile<float, 4, 1, 4, 4, 16, 1, true>,
+                          DenseTile<float, 4, 2, 8, 1, 10, 2, true>>;
 };
 template <>
 struct DenseTiles<double> {
-  using type = std::tuple<DenseTile<double, 4, 1, 4, 1>>;
+  using type = std::tuple<DenseTile<double, 4, 1, 4, 1, 16, 1, true>>;
 };
 
-// Stages of shared memory: the most that let two blocks share a processor, or else two; 0 where even these do not fit.
+// Stages of shared memory: four where two blocks can share a processor even so, or else two; 0 where these do not fit.
 template <typename Tile>
 int64_t stages_of(const DenseLayout<Tile>& layout, int64_t limit) {
-  for (int64_t stages = 4; stages >= 2; --stages) {
-    if (layout.gradient_bytes(stages, 1) <= (stages > 2 ? limit / 2 : limit)) return stages;
-  }
-  return 0;
+  if (layout.gradient_bytes(4, 1) <= limit / 2) return 4;
+  return layout.gradient_bytes(2, 1) <= limit ? 2 : 0;
 }
 
 // Calls f.template operator()<Tile>() for the first tile of the table that fits, or else for the plain kernels.
@@ -57,7 +57,7 @@ auto with_tile_of(DenseArgs& a, int64_t limit, const F& f) {
     using Tile = std::tuple_element_t<row, Tiles>;
     constexpr int64_t many = int64_t{1} << 31;
     const int64_t B = a.u.size[0], I = a.u.size[1], J = a.weight.size[1], D = a.weight.size[2], E = a.weight.size[3];
-    if (E <= Tile::kE && J <= kMaxWarps * Tile::kParents && D < 1024 && B < many && I < many) {
+    if (E <= Tile::kE && J <= Tile::kWarps * Tile::kParents && D < 1024 && B < many && I < many) {
       a.stages = stages_of(DenseLayout<Tile>(J, D, E), std::min(limit, kSharedBytes));
       if (a.stages > 0) return f.template operator()<Tile>();
     }
@@ -70,7 +70,7 @@ template <typename Tile>
 Plan plan(DenseArgs& a) {
   const int64_t B = a.u.size[0], I = a.u.size[1], J = a.weight.size[1], D = a.weight.size[2], E = a.weight.size[3];
   const int64_t P = a.positions, types = I / P;
-  Plan p{kPlainThreads, 0, 0, kPlainThreads * int64_t(sizeof(typename Tile::T))};
+  Plan p{32 * Tile::kWarps, 0, 0, 32 * Tile::kWarps * int64_t(sizeof(typename Tile::T))};
   a.tiles = ceil_div(B, Tile::kSamples);
   a.chunk = ceil_div(I, std::clamp<int64_t>(kItems / std::max<int64_t>(a.tiles, 1), 1, I));
   a.chunks = ceil_div(I, a.chunk);

@@ -13,8 +13,7 @@ CAPS_DEVICE void route(DenseBlock<Tile>& block, int tile, int64_t chunk, bool fi
   using T = typename Tile::T;
   const DenseArgs& args = block.args;
   const int64_t I = args.u.size[1], i0 = chunk * args.chunk, i1 = i0 + args.chunk < I ? i0 + args.chunk : I;
-  typename Block::Values sums{}, V;
-  if (!first) block.load_values(static_cast<const T*>(args.V), tile, V);
+  typename Block::Values sums{};
   auto* coupling = static_cast<typename Tile::scalar_t*>(last ? args.coupling.data : nullptr);
   const auto put_coupling = [&](int r, int j, T c) {
     const int64_t b = int64_t(tile) * Tile::kSamples + r;
@@ -22,20 +21,25 @@ CAPS_DEVICE void route(DenseBlock<Tile>& block, int tile, int64_t chunk, bool fi
       coupling[(b * I + block.capsule()) * block.layout.J + j] = narrow<typename Tile::scalar_t>(c);
     }
   };
-  block.start({int(i0), int(i1), tile, tile + 1});
-  for (int64_t i = i0; i < i1; ++i) {
-    block.next();
-    if (first) {
+  block.start({int(i0), int(i1 - i0), tile, 1});
+  if (first) {
+    for (int64_t i = i0; i < i1; ++i) {
+      block.next();
       block.votes(sums);
       if (coupling) block.for_scores([&](int r, int j) { put_coupling(r, j, block.uniform()); });
-      continue;
     }
+  }
+  const typename Block::Vectors V(block, static_cast<const T*>(args.V), tile);
+  for (int64_t i = first ? i1 : i0; i < i1; ++i) {
+    block.next();
     typename Block::Values x{};
     block.votes(x);
     block.put_scores(x, V, block.scores(0));
     __syncthreads();
+    block.forget();
     block.template softmax<false>(block.scores(0), block.scores(0), put_coupling);
     __syncthreads();
+    block.forget();
     block.add_scaled(sums, block.scores(0), x);
   }
   block.finish();
@@ -51,19 +55,22 @@ CAPS_DEVICE void route_backward(DenseBlock<Tile>& block, int tile, int64_t chunk
   const DenseArgs& args = block.args;
   const int64_t I = args.u.size[1], i0 = chunk * args.chunk, i1 = i0 + args.chunk < I ? i0 + args.chunk : I;
   const int64_t all = args.u.size[0] * block.layout.J * block.layout.E;
-  typename Block::Values sums{}, V, g;
-  block.load_values(static_cast<const T*>(args.V) + (t - 1) * all, tile, V);
-  block.load_values(static_cast<const T*>(args.g) + t * all, tile, g);
-  block.start({int(i0), int(i1), tile, tile + 1});
+  typename Block::Values sums{};
+  const typename Block::Vectors V(block, static_cast<const T*>(args.V) + (t - 1) * all, tile);
+  const typename Block::Vectors g(block, static_cast<const T*>(args.g) + t * all, tile);
+  block.start({int(i0), int(i1 - i0), tile, 1});
   for (int64_t i = i0; i < i1; ++i) {
     block.next();
     typename Block::Values x{};
     block.votes(x);
     block.put_scores(x, V, block.scores(0));
+    block.forget();
     block.put_scores(x, g, block.scores(1));
     __syncthreads();
+    block.forget();
     block.template softmax<true>(block.scores(0), block.scores(1), [](int, int, T) {});
     __syncthreads();
+    block.forget();
     block.add_scaled(sums, block.scores(1), x);
   }
   block.finish();
@@ -81,7 +88,7 @@ class DenseGradients {
 
  public:
   CAPS_DEVICE explicit DenseGradients(Block& b)
-      : block_(b), args_(b.args), grad_u_(b.rest()), sums_(grad_u_ + b.warps * Tile::kSamples * b.layout.depth) {}
+      : block_(b), args_(b.args), grad_u_(b.rest()), sums_(grad_u_ + b.warps() * Tile::kSamples * b.layout.depth) {}
 
   // One group: `part` lower capsules, whose matrices are their own or one that they share.
   CAPS_DEVICE void run(int64_t group) {
@@ -94,7 +101,7 @@ class DenseGradients {
     __syncthreads();
     for (int64_t n = block_.thread; n < matrices * size; n += blockDim.x) sums_[n] = 0;
     const int tiles = int(args_.tiles);
-    block_.start({int(i0), i1, 0, tiles});
+    block_.start({int(i0), i1 - int(i0), 0, tiles});
     for (int tile = 0; tile < tiles; ++tile) {
       for (int i = int(i0); i < i1; ++i) {
         block_.next();
@@ -134,22 +141,23 @@ class DenseGradients {
     }
     if (R > 1) block_.votes(x);
     for (int t = args_.last_only && R > 1 ? R - 1 : 1; t < R; ++t) {
-      Values y;
-      block_.load_values(V + (t - 1) * all, tile, y);
-      block_.put_scores(x, y, block_.scores(0));
-      block_.load_values(g + t * all, tile, y);
-      block_.put_scores(x, y, block_.scores(1));
+      const typename Block::Vectors V_t(block_, V + (t - 1) * all, tile), g_t(block_, g + t * all, tile);
+      block_.put_scores(x, V_t, block_.scores(0));
+      block_.put_scores(x, g_t, block_.scores(1));
       __syncthreads();
+      block_.forget();
       block_.template softmax<true>(block_.scores(0), block_.scores(1), [](int, int, T) {});
       __syncthreads();
-      block_.add_scaled(grad, block_.scores(0), y);
-      if (args_.last_only) continue;
-      block_.load_values(V + (t - 1) * all, tile, y);
-      block_.add_scaled(grad, block_.scores(1), y);
+      block_.forget();
+      block_.add_scaled(grad, block_.scores(0), g_t);
+      if (!args_.last_only) block_.add_scaled(grad, block_.scores(1), V_t);
     }
+    block_.forget();
     for (int d0 = 0; d0 < block_.layout.depth; d0 += kStep) put_grad_u(grad, d0);
+    block_.forget();
     for (int d = 0; d < block_.layout.D; ++d) add_grad_weight(grad, d, sums);
     __syncthreads();
+    block_.forget();
     write_grad_u(tile);
   }
 
@@ -194,7 +202,7 @@ class DenseGradients {
       const int64_t b = int64_t(tile) * Tile::kSamples + row;
       if (b >= args_.u.size[0]) break;
       T sum = 0;
-      for (int warp = 0; warp < block_.warps; ++warp) sum += grad_u_[warp * size + row * block_.layout.depth + d];
+      for (int warp = 0; warp < block_.warps(); ++warp) sum += grad_u_[warp * size + row * block_.layout.depth + d];
       static_cast<S*>(out.data)[(b * out.size[1] + block_.capsule()) * D + d] = narrow<S>(sum);
     }
   }
