@@ -20,7 +20,7 @@ CAPS_DEVICE scalar_t* at(const View<3>& view, int64_t outer, int64_t inner) {
   return static_cast<scalar_t*>(view.data) + outer * view.stride[0] + inner * view.stride[2];
 }
 
-// Rows of E numbers, each across `width` lanes that hold n consecutive numbers at a time; inner is 1. Where a lane holds
+// Rows of E consecutive numbers, each across `width` lanes that hold n consecutive numbers at a time; inner is 1. Where a lane holds
 // no more than n numbers of its row (`single`), they stay in registers between the two sums and the result.
 template <typename scalar_t, int n, bool backward, bool single>
 __global__ void __launch_bounds__(kSquashThreads) squash_rows(const __grid_constant__ SquashArgs args) {
@@ -35,14 +35,13 @@ __global__ void __launch_bounds__(kSquashThreads) squash_rows(const __grid_const
     const scalar_t* s = at<scalar_t>(args.s, row, 0);
     const scalar_t* g = at<scalar_t>(backward ? args.grad_v : args.s, row, 0);
     scalar_t* out = at<scalar_t>(args.out, row, 0);
-    const int64_t s_stride = args.s.stride[1], g_stride = args.grad_v.stride[1];
     Pack<T, n> kept{}, kept_g{};
     if (single && lane * n < size) {
-      kept = load<n>(s + lane * n * s_stride);
-      if constexpr (backward) kept_g = load<n>(g + lane * n * g_stride);
+      kept = load<n>(s + lane * n);
+      if constexpr (backward) kept_g = load<n>(g + lane * n);
     }
-    const auto s_at = [&](int64_t e) { return single ? kept : load<n>(s + e * s_stride); };
-    const auto g_at = [&](int64_t e) { return single ? kept_g : load<n>(g + e * g_stride); };
+    const auto s_at = [&](int64_t e) { return single ? kept : load<n>(s + e); };
+    const auto g_at = [&](int64_t e) { return single ? kept_g : load<n>(g + e); };
 
     T largest = 0;
     for (int64_t e = lane * n; e < size; e += e_step) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cases import CASES, squash
+from tests.cases import CASES, dynamic_routing, predict_votes, squash
 
 TILES = (
     # A row is one pack of 16 bytes, or of 1 number; 2 … 32 lanes; more than 32 lanes hold.
@@ -13,5 +13,22 @@ TILES = (
     squash("rows-65", 65, 16),
     squash("columns-256", 2, 3, 128, dim=1),
     squash("columns-257", 3, 257, dim=0),
+    # Samples of a tile: 2 or 16 in forward, 4 or 8 in backward. Columns: 32 lanes of a pack, packs of 16 bytes or not.
+    *(predict_votes(f"batch-{b}", b, 3, 2, 3, 4) for b in (2, 3, 5, 8, 9, 16, 17)),
+    *(predict_votes(f"columns-{j}x{e}", 3, 4, j, 2, e) for j, e in ((2, 8), (9, 16), (5, 7), (33, 8))),
+    # Dimensions of a slice: 8.
+    *(predict_votes(f"dims-{d}", 3, 5, 2, d, 4) for d in (7, 8, 9, 17)),
+    # Rows of a chunk of grad_weight: 32.
+    *(predict_votes(f"rows-{b * p}", b, 2 * p, 1, 2, 4, positions=p) for b, p in ((4, 8), (3, 11), (5, 13))),
+    predict_votes("rows-1025", 25, 41, 1, 1, 1, positions=41),
+    # Lower capsules of a tile: 32.
+    *(dynamic_routing(f"children-{i}", 2, i, 3, 4, bias=True) for i in (31, 32, 33, 65)),
+    # Lanes of a vote, packs of 16 bytes or not; numbers of a higher capsule: 32 lanes.
+    *(dynamic_routing(f"numbers-{e}", 2, 5, 3, e, bias=True) for e in (8, 16, 31, 33, 132)),
+    # Higher capsules: 32 lanes in the softmax, 8 warps in the finish; columns: 256 threads.
+    *(dynamic_routing(f"parents-{j}", 2, 4, j, e, leaky=True) for j, e in ((9, 1), (33, 2), (59, 16), (257, 1))),
+    # Tiles of fewer capsules, and coefficients that do not fit shared memory.
+    dynamic_routing("parents-300", 1, 9, 300, 1, iterations=2),
+    dynamic_routing("parents-4100", 1, 9, 4100, 1, bias=True, iterations=2),
 )
 HOST_CASES = (*CASES, *TILES)

@@ -8,7 +8,9 @@
 #pragma once
 
 #include <math.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -63,6 +65,7 @@ struct Settings {
   int blocks_a_processor = 2;  // that are resident at once
   int shared_limit = 99 * 1024;
   int cooperative = 1;  // whether the device has cooperative launches
+  int refuse = 0;       // whether cooperative launches fail
   int launches = 0;     // counted since it was set to 0
 };
 inline Settings settings;
@@ -80,8 +83,56 @@ struct Copy {
   const void* from;
 };
 
+// The registers of a fiber that does not run. Where the processor is known they are on its stack, for swapcontext takes
+// two system calls each time, and AddressSanitizer forgets what it knew of the stack.
+#if defined(__x86_64__)
+struct Context {
+  void* stack = nullptr;
+};
+asm(R"(
+  .text
+  .type cuda_host_switch, @function
+cuda_host_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov (%rsi), %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+  .size cuda_host_switch, . - cuda_host_switch
+)");
+extern "C" void cuda_host_switch(Context* from, Context* to) __attribute__((visibility("hidden")));
+
+inline void switch_context(Context& from, Context& to) { cuda_host_switch(&from, &to); }
+inline void make_context(Context& context, char* stack, size_t bytes, void (*function)()) {
+  void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes) / 16 * 16) - 8;
+  std::fill(top, top + 8, nullptr);
+  top[6] = reinterpret_cast<void*>(function);  // where `ret` goes, after six registers
+  context.stack = top;
+}
+#else
+using Context = ucontext_t;
+inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+inline void make_context(Context& context, char* stack, size_t bytes, void (*function)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, function, 0);
+}
+#endif
+
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack;
   Block* block = nullptr;
   dim3 thread, index;
@@ -112,7 +163,7 @@ struct Launch {
   Barrier barrier;
   bool cooperative = false;
   std::function<void()> kernel;
-  ucontext_t scheduler;
+  Context scheduler;
   void* tsan = nullptr;
 };
 
@@ -165,7 +216,7 @@ CUDA_HOST_UNSEEN inline Fiber* current() { return running; }
 CUDA_HOST_UNSEEN inline void switch_to_scheduler() {
   Fiber* self = running;
   CUDA_HOST_TSAN_SWITCH(launch->tsan);
-  swapcontext(&self->context, &launch->scheduler);
+  switch_context(self->context, launch->scheduler);
 }
 
 CUDA_HOST_UNSEEN inline void arrive(Barrier& barrier) {
@@ -237,11 +288,7 @@ inline void fiber_main() {
 inline void start(Fiber& fiber) {
   constexpr size_t stack_bytes = 64 * 1024;
   fiber.stack.reset(new char[stack_bytes]);
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = stack_bytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, fiber_main, 0);
+  make_context(fiber.context, fiber.stack.get(), stack_bytes, fiber_main);
   fiber.tsan = tsan_create();
 }
 
@@ -253,7 +300,7 @@ CUDA_HOST_UNSEEN inline bool has_ended(const Fiber* fiber) { return fiber->ended
 CUDA_HOST_UNSEEN inline void resume(Fiber& fiber) {
   running = &fiber;
   CUDA_HOST_TSAN_SWITCH(fiber.tsan);
-  swapcontext(&launch->scheduler, &fiber.context);
+  switch_context(launch->scheduler, fiber.context);
   running = nullptr;
 }
 

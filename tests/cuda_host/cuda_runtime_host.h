@@ -108,7 +108,7 @@ cudaError_t cuda_host_launch(void (*kernel)(Args), dim3 grid, dim3 block, void**
   const auto found = cuda_host::allowed_shared.find(reinterpret_cast<void*>(kernel));
   const size_t allowed = found == cuda_host::allowed_shared.end() ? 48 * 1024 : size_t(found->second);
   if (grid.x == 0 || block.x == 0 || block.x > 1024 || shared > allowed) return cudaErrorInvalidConfiguration;
-  if (cooperative && int(grid.x) > settings.processors * settings.blocks_a_processor) {
+  if (cooperative && (settings.refuse != 0 || int(grid.x) > settings.processors * settings.blocks_a_processor)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
   // Whole warps only, by the conventions of caps/gpu.h.

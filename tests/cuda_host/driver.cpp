@@ -10,6 +10,7 @@ extern "C" __attribute__((visibility("default"))) int* cuda_host_setting(const c
       {"blocks_a_processor", &s.blocks_a_processor},
       {"shared_limit", &s.shared_limit},
       {"cooperative", &s.cooperative},
+      {"refuse", &s.refuse},
       {"launches", &s.launches},
   };
   const auto found = settings.find(name);

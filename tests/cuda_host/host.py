@@ -43,6 +43,8 @@ SANITIZER = "CAPS_CUDA_HOST_SANITIZER"
 """The environment variable that says which sanitizer's build `load` takes: none, "address" or "thread"."""
 
 
+CHANGED = "CAPS_CUDA_HOST_SOURCE_"
+"""With an op's name in capitals after it, the environment variable of a changed source that `load` takes instead."""
 RUNTIMES = {"": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
@@ -57,15 +59,22 @@ def ops() -> list[str]:
 
 
 def build(source: Path, sanitizer: str = "") -> Path:
-    """Compile a source, a file of csrc/cuda or a changed copy of one; the library, made anew only where it must be.
+    """Compile a source, a file of csrc/cuda or a changed copy of one, beside which changed headers may lie in a folder
+    "caps"; the library, made anew only where it must be.
 
     Raises:
-        subprocess.CalledProcessError: it does not compile.
+        RuntimeError: it does not compile.
     """
     headers = [*(ROOT / "csrc" / "include").rglob("*.h"), *Path(__file__).parent.glob("*.[hc]*")]
+    headers += source.parent.rglob("*.h")
     torch_folder = Path(torch.__file__).parent
     command = [os.environ.get("CXX", "g++"), *FLAGS, *SANITIZERS[sanitizer], f'-DCAPS_SOURCE="{source}"']
-    command += [f"-I{ROOT}/csrc/include", f"-I{Path(__file__).parent}", f"-isystem{torch_folder}/include"]
+    command += [
+        f"-I{source.parent}",
+        f"-I{ROOT}/csrc/include",
+        f"-I{Path(__file__).parent}",
+        f"-isystem{torch_folder}/include",
+    ]
     command += [f"-isystem{sysconfig.get_paths()['include']}", str(Path(__file__).with_name("driver.cpp"))]
     state = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
     for path in (source, *sorted(headers)):
@@ -75,7 +84,9 @@ def build(source: Path, sanitizer: str = "") -> Path:
         FOLDER.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
         command += ["-o", str(made), f"-L{torch_folder}/lib", "-ltorch_cpu"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source} does not compile for the host:\n{done.stderr}")
         made.rename(library)
     return library
 
@@ -147,7 +158,7 @@ class Host:
 @functools.cache
 def load(op: str) -> Host:
     """The library of an op, built for the sanitizer of the environment."""
-    changed = os.environ.get(f"CAPS_CUDA_HOST_SOURCE_{op.upper()}")
+    changed = os.environ.get(CHANGED + op.upper())
     return Host(build(Path(changed) if changed else SOURCES / f"{op}.cu", os.environ.get(SANITIZER, "")))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from caps_kernels import _checks, backends
 from caps_kernels._autograd import Signature, differentiable
 from caps_kernels._library import define
-from caps_kernels.ops.dynamic_routing import cpp, reference
+from caps_kernels.ops.dynamic_routing import cpp, cuda, reference
 from caps_kernels.ops.precision import accumulation_dtype
 
 OPTIONS = "SymInt iterations, bool leaky, str routing_grad, bool return_coupling, str backend"
@@ -105,6 +105,7 @@ def _prepare(
 backends.register_op("dynamic_routing", _prepare)
 backends.register("dynamic_routing", "reference", _REFERENCE)
 backends.register("dynamic_routing", "cpp", cpp.IMPLEMENTATION)
+backends.register("dynamic_routing", "cuda", cuda.IMPLEMENTATION)
 
 
 @overload

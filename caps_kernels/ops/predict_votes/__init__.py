@@ -14,7 +14,7 @@ from torch import Tensor
 from caps_kernels import _checks, backends
 from caps_kernels._autograd import Signature, differentiable
 from caps_kernels._library import define
-from caps_kernels.ops.predict_votes import cpp, reference
+from caps_kernels.ops.predict_votes import cpp, cuda, reference
 
 _REFERENCE = backends.Implementation(reference.forward, reference.backward)
 
@@ -61,6 +61,7 @@ def _prepare(u: Tensor, weight: Tensor, *, positions: int = 1) -> tuple[Any, ...
 backends.register_op("predict_votes", _prepare)
 backends.register("predict_votes", "reference", _REFERENCE)
 backends.register("predict_votes", "cpp", cpp.IMPLEMENTATION)
+backends.register("predict_votes", "cuda", cuda.IMPLEMENTATION)
 
 
 def predict_votes(u: Tensor, weight: Tensor, *, positions: int = 1, backend: str | None = None) -> Tensor:

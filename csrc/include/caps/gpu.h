@@ -67,18 +67,23 @@ struct Pack {
   CAPS_DEVICE const T& operator[](int k) const { return x[k]; }
 };
 
-// The word that n numbers are loaded and stored as, where they fill one; n > 1 numbers are aligned as it is.
+// The words in which n numbers are loaded and stored: of 4, 8 or 16 bytes, or whole multiples of 16. More than one number
+// is aligned as its word is.
 template <int bytes>
-using Word = std::conditional_t<bytes == 16, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>>;
+using Word = std::conditional_t<bytes % 16 == 0, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>>;
 
-// n numbers from memory in the type of sums: one number, or 4, 8 or 16 bytes of them in one load.
+// n numbers from memory, in the type of sums.
 template <int n, typename scalar_t>
 CAPS_DEVICE Pack<Acc<scalar_t>, n> load(const scalar_t* from) {
-  static_assert(n == 1 || n * sizeof(scalar_t) == 4 || n * sizeof(scalar_t) == 8 || n * sizeof(scalar_t) == 16);
   scalar_t raw[n];
   if constexpr (n > 1) {
-    const auto word = *reinterpret_cast<const Word<n * sizeof(scalar_t)>*>(from);
-    __builtin_memcpy(raw, &word, sizeof(word));
+    using W = Word<n * sizeof(scalar_t)>;
+    constexpr int bytes = n * sizeof(scalar_t), count = bytes / int(sizeof(W));
+    static_assert(bytes == count * int(sizeof(W)));
+    W words[count];
+#pragma unroll
+    for (int k = 0; k < count; ++k) words[k] = reinterpret_cast<const W*>(from)[k];
+    __builtin_memcpy(raw, words, sizeof(raw));
   } else {
     raw[0] = from[0];
   }
@@ -90,14 +95,17 @@ CAPS_DEVICE Pack<Acc<scalar_t>, n> load(const scalar_t* from) {
 
 template <typename scalar_t, int n>
 CAPS_DEVICE void store(scalar_t* to, const Pack<Acc<scalar_t>, n>& value) {
-  static_assert(n == 1 || n * sizeof(scalar_t) == 4 || n * sizeof(scalar_t) == 8 || n * sizeof(scalar_t) == 16);
   scalar_t raw[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) raw[k] = narrow<scalar_t>(value[k]);
   if constexpr (n > 1) {
-    Word<n * sizeof(scalar_t)> word;
-    __builtin_memcpy(&word, raw, sizeof(word));
-    *reinterpret_cast<Word<n * sizeof(scalar_t)>*>(to) = word;
+    using W = Word<n * sizeof(scalar_t)>;
+    constexpr int bytes = n * sizeof(scalar_t), count = bytes / int(sizeof(W));
+    static_assert(bytes == count * int(sizeof(W)));
+    W words[count];
+    __builtin_memcpy(words, raw, sizeof(raw));
+#pragma unroll
+    for (int k = 0; k < count; ++k) reinterpret_cast<W*>(to)[k] = words[k];
   } else {
     to[0] = raw[0];
   }

@@ -1,0 +1,211 @@
+// dynamic_routing: routing by agreement over given votes, and its gradients. caps_kernels/ops/dynamic_routing has the
+// mathematics, caps/gpu_routing.h the steps.
+//
+// Regimes: "samples" gives a block whole samples; "split" shares the chunks of all samples among the blocks of a
+// cooperative launch, with a grid barrier between steps. Either way forward is one launch. A device without cooperative
+// launches gets a launch for each step ("steps").
+#include <caps/gpu_routing.h>
+
+namespace caps::gpu {
+namespace {
+
+// Steps of forward: the pass and the finish of each iteration.
+template <typename scalar_t, int n>
+__global__ void __launch_bounds__(kRoutingThreads) routing_forward(const __grid_constant__ RoutingArgs args) {
+  using T = Acc<scalar_t>;
+  CAPS_DYNAMIC_SHARED(shared);
+  T* memory = args.memory == nullptr ? reinterpret_cast<T*>(shared)
+                                     : static_cast<T*>(args.memory) + blockIdx.x * args.memory_size;
+  const Routing<scalar_t, n> routing(args, memory);
+  for (int step = args.first_step; step < args.end_step; ++step) {
+    if (step > args.first_step) routing.between_steps();
+    if (step % 2 == 0) routing.forward_pass(step / 2);
+    else routing.forward_finish(step / 2);
+  }
+}
+
+// Steps of backward: the start, the pass and the finish of each iteration from the last but for the first, grad_votes,
+// grad_bias.
+template <typename scalar_t, int n>
+__global__ void __launch_bounds__(kRoutingThreads) routing_backward(const __grid_constant__ RoutingArgs args) {
+  using T = Acc<scalar_t>;
+  CAPS_DYNAMIC_SHARED(shared);
+  T* memory = args.memory == nullptr ? reinterpret_cast<T*>(shared)
+                                     : static_cast<T*>(args.memory) + blockIdx.x * args.memory_size;
+  const Routing<scalar_t, n> routing(args, memory);
+  const int votes_step = args.last ? 1 : 2 * int(args.iterations) - 1;
+  for (int step = args.first_step; step < args.end_step; ++step) {
+    if (step > args.first_step) routing.between_steps();
+    const int64_t t = args.iterations - (step + 1) / 2;
+    if (step == 0) routing.backward_start();
+    else if (step == votes_step) routing.backward_votes();
+    else if (step > votes_step) routing.backward_bias();
+    else if (step % 2 == 1) routing.backward_pass(t);
+    else routing.backward_finish(t);
+  }
+}
+
+}  // namespace
+}  // namespace caps::gpu
+
+#include <caps/gpu_op.h>
+#include <caps/gpu_view.h>
+
+namespace caps::gpu {
+namespace {
+
+// Chunks of all samples that keep a large GPU busy, and the memory that a block may take of a processor's. Neither is
+// asked of the device: how sums are cut depends on the shape alone.
+constexpr int64_t kManyChunks = 1024, kBlockBytes = 32 * 1024, kMostTile = 32;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a call is cut up; RoutingArgs has the meaning of the first three.
+struct RoutingPlan {
+  int64_t tile, chunk, chunks;
+  int64_t memory;  // numbers of a block
+  bool shared;     // whether they lie in shared memory
+};
+
+// coefficients: arrays [tile, J] that a block keeps beside the sums
+RoutingPlan plan_for(const View<4>& votes, int64_t coefficients, int64_t votes_coefficients, int64_t n, int64_t bytes) {
+  const auto [B, I, J, E] = votes.size;
+  const int64_t columns = std::max<int64_t>(1, J * E / n);
+  const int64_t sums = (columns < kRoutingThreads ? kRoutingThreads / columns : 1) * J * E;
+  const auto memory = [&](int64_t tile) {
+    return std::max(coefficients * tile * J + sums, votes_coefficients * tile * J);
+  };
+  RoutingPlan plan{kMostTile, 0, 0, 0, true};
+  while (plan.tile > 1 && memory(plan.tile) * bytes > kBlockBytes) plan.tile /= 2;
+  plan.shared = memory(plan.tile) * bytes <= kBlockBytes;
+  if (!plan.shared) plan.tile = 8;
+  plan.memory = memory(plan.tile);
+  const int64_t wanted = std::min(divide_up(I, plan.tile), divide_up(kManyChunks, std::max<int64_t>(1, B)));
+  plan.chunk = divide_up(divide_up(I, wanted), plan.tile) * plan.tile;
+  plan.chunks = divide_up(I, plan.chunk);
+  return plan;
+}
+
+int64_t lanes_of(int64_t packs) {
+  int64_t width = 1;
+  while (width < 32 && width < packs) width *= 2;
+  return width;
+}
+
+// Runs the steps 0 … steps - 1 in as few launches as there may be. `apart`: the last step joins what whole samples left.
+template <typename scalar_t>
+void run_steps(const Gpu& gpu, void (*kernel)(RoutingArgs), RoutingArgs& args, const RoutingPlan& plan, int steps,
+               bool apart, const Tensor& like) {
+  const int64_t B = args.votes.size[0], bytes = sizeof(Acc<scalar_t>);
+  args.chunk = plan.chunk;
+  args.chunks = plan.chunks;
+  args.tile = plan.tile;
+  args.memory_size = plan.memory;
+  Grid grid{std::max<int64_t>(1, B * plan.chunks), kRoutingThreads, plan.shared ? plan.memory * bytes : 0};
+  const bool samples = plan.chunks == 1;
+  const int64_t resident = samples ? 0 : gpu.resident_blocks(kernel, grid);
+  const bool cooperative = resident > 0;
+  // Blocks beyond those that are resident wait for a place, or do not fit a grid barrier; they loop instead.
+  grid.blocks = std::min(grid.blocks, cooperative ? resident : plan.shared ? kMaxBlocks : int64_t(8) * gpu.processors());
+  std::optional<Tensor> memory;
+  if (!plan.shared) {
+    memory = empty(like, {grid.blocks, plan.memory}, accumulation_type(like));
+    args.memory = memory->mutable_data_ptr();
+  }
+  const int together = cooperative ? steps : samples ? steps - int(apart) : 1;
+  for (int step = 0; step < steps; step += together) {
+    args.first_step = step;
+    args.end_step = std::min(steps, step + together);
+    gpu.launch(kernel, grid, args, cooperative);
+  }
+}
+
+RoutingArgs routing_args(const Tensor& votes, const std::optional<Tensor>& bias, int64_t iterations, bool leaky) {
+  RoutingArgs args{};
+  args.iterations = iterations;
+  args.leaky = leaky;
+  args.votes = view_of<4>(votes);
+  if (bias) args.bias = view_of<2>(*bias);
+  return args;
+}
+
+// Calls f.template operator()<scalar_t, n>() with the packs that votes can be read in.
+template <typename F>
+void dispatch_packs(const Tensor& tensor, RoutingArgs& args, const F& f) {
+  dispatch_floating(dtype_of(tensor), [&]<typename scalar_t>() {
+    constexpr int n = kWide<scalar_t>;
+    const bool wide = can_load_wide(args.votes, 3, n);
+    args.width = int(lanes_of(divide_up(args.votes.size[3], wide ? n : 1)));
+    if (wide) f.template operator()<scalar_t, n>();
+    else f.template operator()<scalar_t, 1>();
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> dynamic_routing_fwd(Tensor votes, std::optional<Tensor> bias, int64_t iterations,
+                                                       bool leaky, bool return_coupling) {
+  const Gpu gpu("dynamic_routing", votes);
+  RoutingArgs args = routing_args(votes, bias, iterations, leaky);
+  const auto [B, I, J, E] = args.votes.size;
+  const auto type = accumulation_type(votes);
+  Tensor v = empty(votes, {B, J, E}), s = empty(votes, {iterations, B, J, E}, type);
+  Tensor coupling = empty(votes, {B, return_coupling ? I : 0, J});
+  args.with_coupling = return_coupling;
+  args.s = view_of<4>(s);
+  args.v = v.mutable_data_ptr();
+  args.coupling = coupling.mutable_data_ptr();
+  if (B == 0) return {v, s, coupling};
+  dispatch_packs(votes, args, [&]<typename scalar_t, int n>() {
+    const RoutingPlan plan = plan_for(args.votes, 1, 0, n, sizeof(Acc<scalar_t>));
+    Tensor partial = empty(votes, {B, plan.chunks, J, E}, type), total = empty(votes, {B, J, E}, type);
+    args.partial = partial.mutable_data_ptr();
+    args.total = total.mutable_data_ptr();
+    run_steps<scalar_t>(gpu, routing_forward<scalar_t, n>, args, plan, 2 * int(iterations), false, votes);
+  });
+  return {v, s, coupling};
+}
+
+std::tuple<Tensor, Tensor> dynamic_routing_bwd(Tensor grad_v, Tensor votes, std::optional<Tensor> bias, Tensor s,
+                                               int64_t iterations, bool leaky, bool last) {
+  const Gpu gpu("dynamic_routing", votes);
+  RoutingArgs args = routing_args(votes, bias, iterations, leaky);
+  const auto [B, I, J, E] = args.votes.size;
+  const auto type = accumulation_type(votes);
+  Tensor grad_votes = empty(votes, {B, I, J, E}), grad_bias = bias ? empty(votes, {J, E}) : empty(votes, {0});
+  args.last = last;
+  args.s = view_of<4>(s);
+  args.grad_v = view_of<3>(grad_v);
+  args.grad_votes = grad_votes.mutable_data_ptr();
+  args.grad_bias = grad_bias.mutable_data_ptr();
+  if (B == 0) return {grad_votes, bias ? torch::stable::fill_(grad_bias, 0) : grad_bias};
+  dispatch_packs(votes, args, [&]<typename scalar_t, int n>() {
+    const int64_t kept = last ? 1 : 2 * (iterations - 1);
+    const RoutingPlan plan = plan_for(args.votes, last ? 0 : 2, kept, n, sizeof(Acc<scalar_t>));
+    Tensor partial = empty(votes, {last ? 0 : B, plan.chunks, J, E}, type), total = empty(votes, {B, J, E}, type);
+    Tensor totals = empty(votes, {iterations, B, J, E}, type), gradients = empty(votes, {iterations, B, J, E}, type);
+    args.partial = partial.mutable_data_ptr();
+    args.total = total.mutable_data_ptr();
+    args.totals = totals.mutable_data_ptr();
+    args.gradients = gradients.mutable_data_ptr();
+    const int steps = (last ? 2 : 2 * int(iterations)) + int(bias.has_value());
+    run_steps<scalar_t>(gpu, routing_backward<scalar_t, n>, args, plan, steps, bias.has_value(), votes);
+  });
+  return {grad_votes, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(CAPS_GPU_OPS, m) {
+  m.def(
+      "dynamic_routing_fwd(Tensor votes, Tensor? bias, int iterations, bool leaky, bool return_coupling)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dynamic_routing_bwd(Tensor grad_v, Tensor votes, Tensor? bias, Tensor s, int iterations, bool leaky, bool last)"
+      " -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(CAPS_GPU_OPS, CAPS_GPU_KEY, m) {
+  m.impl("dynamic_routing_fwd", TORCH_BOX(&dynamic_routing_fwd));
+  m.impl("dynamic_routing_bwd", TORCH_BOX(&dynamic_routing_bwd));
+}
+
+}  // namespace caps::gpu
