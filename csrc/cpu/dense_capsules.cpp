@@ -26,6 +26,7 @@ CAPS_KERNEL(tiles_weight_parts, DenseArgs)      // types
 CAPS_KERNEL(tiles_bias_gradient, DenseArgs)     // 1
 CAPS_KERNEL(rows_pack, DenseArgs)               // samples
 CAPS_KERNEL(rows_predict, DenseArgs)            // chunks
+CAPS_KERNEL(rows_predict_backward, DenseArgs)   // chunks
 CAPS_KERNEL(rows_route, DenseArgs)              // chunks · samples
 CAPS_KERNEL(rows_finish_iteration, DenseArgs)   // samples
 CAPS_KERNEL(rows_coupling, DenseArgs)           // samples
@@ -190,19 +191,29 @@ void rows_pack(const DenseArgs& args, int64_t begin, int64_t end) {
 
 void rows_predict(const DenseArgs& args, int64_t begin, int64_t end) {
   with_rows(args, no_memory, [&](const auto& l, auto& weights, auto*) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) predict_chunk(l, weights, chunk, args.v.data != nullptr);
+    for (int64_t chunk = begin; chunk < end; ++chunk) predict_chunk(l, weights, chunk, true);
+  });
+}
+
+// û, and while it is at hand the pass of the last iteration, for which all is known.
+void rows_predict_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_rows(args, no_memory, [&](const auto& l, auto& weights, auto*) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      if (args.iterations == 1) continue;
+      predict_chunk(l, weights, chunk, false);
+      for (int64_t b = 0; b < l.B; ++b) route_chunk_backward(l, chunk, b, args.iterations - 1);
+    }
   });
 }
 
 void rows_route(const DenseArgs& args, int64_t begin, int64_t end) {
-  const auto memory_size = [&](const auto& l) { return (args.chunk / l.lanes + 1) * l.row; };
-  with_rows(args, memory_size, [&](const auto& l, auto&, auto* memory) {
+  with_rows(args, [](const auto& l) { return l.row; }, [&](const auto& l, auto&, auto* memory) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / l.B, b = task % l.B, i = chunk * args.chunk;
       auto* sums = l.partial(chunk, b);
       for (int64_t n = 0; n < l.size; ++n) sums[n] = 0;
       auto* c = args.keep ? l.kept(0, b, i) : memory;
-      route_rows<false>(l.votes(b, i), min_of(args.chunk, l.I - i), l.z, l.V(0, b), memory, sums, c, memory);
+      route_rows<false>(l.votes(b, i), blocks_of(l, chunk), l.z, l.V(0, b), memory, sums, args.keep, c, memory);
     }
   });
 }
@@ -237,14 +248,8 @@ void rows_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 }
 
 void rows_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
-  with_rows(args, no_memory, [&]<typename T>(const Rows<T>& l, auto&, T*) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task / l.B, b = task % l.B, i = chunk * args.chunk, t = args.t;
-      T* sums = args.last_only ? nullptr : l.partial(chunk, b);
-      for (int64_t n = 0; sums && n < l.size; ++n) sums[n] = 0;
-      route_rows<true>(l.votes(b, i), min_of(args.chunk, l.I - i), l.z, l.V(t - 1, b), l.g(t, b), sums,
-                       l.kept(2 * (t - 1), b, i), l.kept(2 * (t - 1) + 1, b, i));
-    }
+  with_rows(args, no_memory, [&](const auto& l, auto&, auto*) {
+    for (int64_t task = begin; task < end; ++task) route_chunk_backward(l, task / l.B, task % l.B, args.t);
   });
 }
 
@@ -347,10 +352,11 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   if (return_coupling) a.coupling = view_of<3>(coupling);
   const Plan p = plan(a);
   const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair);
-  const bool pack = packs(a, p);
+  const bool pack = packs(a, p) && !takes_u_as_it_is(a, p);
   with_scratch([&](Shelf& shelf) {
     a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
-    a.votes = p.rows ? shelf.take(I * all) : nullptr;
+    a.u_step = I * D;
+    a.votes = p.rows ? shelf.take(votes_bytes(p)) : nullptr;
     a.partial = shelf.take(a.chunks * all);
     a.total = shelf.take(all);
     a.s_tiles = shelf.take(all);
@@ -359,6 +365,7 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   });
   // Nanoseconds of a chunk, from the multiplications of one lane or row.
   const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = 2 * a.chunk * J * E / p.lanes;
+  if (p.rows && !pack) a.u_tiles = a.u.data, a.u_step = a.u.stride[0];
   if (pack) launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
   for (a.t = 0; a.t < iterations; ++a.t) {
     a.keep = return_coupling && a.t == iterations - 1;
@@ -394,10 +401,11 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair),
                 coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);
   a.keep = keeps_coefficients(a, p);
-  const bool pack = packs(a, p);
+  const bool pack = packs(a, p) && !takes_u_as_it_is(a, p);
   with_scratch([&](Shelf& shelf) {
     a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
-    a.votes = p.rows ? shelf.take(I * all) : nullptr;
+    a.u_step = I * D;
+    a.votes = p.rows ? shelf.take(votes_bytes(p)) : nullptr;
     a.partial = shelf.take(a.chunks * all);
     a.total = shelf.take(all);
     a.s_tiles = shelf.take(iterations * all);
@@ -407,14 +415,15 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
     a.weight_parts = a.parts > 1 ? shelf.take(a.types * a.parts * J * D * E * p.item) : nullptr;
   });
   const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = 2 * a.chunk * J * E / p.lanes;
+  if (p.rows && !pack) a.u_tiles = a.u.data, a.u_step = a.u.stride[0];
   if (pack) launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
   launch(p.rows ? rows_start_backward : tiles_start_backward, a, a.tiles, J * E * 16 * iterations);
-  if (p.rows) launch(rows_predict, a, a.chunks, predict * B);
+  if (p.rows) launch(rows_predict_backward, a, a.chunks, (predict + 2 * route) * B);
   for (a.t = iterations - 1; a.t >= 1; --a.t) {
     // Couplings that are constants have no gradient: only those of the last iteration are needed, if they are kept.
     if (last_only && (!a.keep || a.t < iterations - 1)) break;
-    if (p.rows) launch(rows_route_backward, a, a.chunks * B, 2 * route);
-    else launch(tiles_route_backward, a, a.chunks * pairs, 2 * (predict + a.chunk * J * E));
+    if (p.rows && a.t < iterations - 1) launch(rows_route_backward, a, a.chunks * B, 2 * route);
+    else if (!p.rows) launch(tiles_route_backward, a, a.chunks * pairs, 2 * (predict + a.chunk * J * E));
     if (!last_only) launch(p.rows ? rows_finish_backward : tiles_finish_backward, a, a.tiles, J * E * (a.chunks + 16));
   }
   if (p.rows) {

@@ -129,6 +129,7 @@ LIMITS = {
     "rows": (
         dense_capsules("1-sample", 1, 9, 3, 8, 16),
         dense_capsules("votes-of-32-MiB", 1, 8192, 2, 1, 512),
+        dense_capsules("rows-of-56-MiB", 1, 7632, 64, 1, 16, iterations=8),
     ),
     "tiles": (
         *(dense_capsules(f"{b}-samples", b, 9, 3, 8, 16) for b in (15, 16, 17, 33)),
@@ -143,6 +144,7 @@ LIMITS = {
         *(dense_capsules(f"{b}-samples-in-tiles", b, 21, 3, 6, 12) for b in (32, 36, 64, 72, 128, 129)),
     ),
     "tiles again": (
+        dense_capsules("rows-over-56-MiB", 1, 7644, 64, 1, 16, iterations=8),
         dense_capsules("over-56-MiB", 16, 3571, 64, 1, 2),
         dense_capsules("over-56-MiB-last", 16, 3571, 64, 1, 2, routing_grad="last"),
         dense_capsules("over-56-MiB-and-u-over-16-MiB", 16, 4097, 64, 64, 2),

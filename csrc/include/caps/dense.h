@@ -6,10 +6,10 @@
 namespace caps {
 
 // Bytes of scratch: 64 MiB in all, and besides them copies of the total inputs s, V and g [R, B, J, E].
-constexpr int64_t kKeptBudget = int64_t{56} << 20;    // coefficients kept between passes over tiles, with u in tiles
+constexpr int64_t kKeptBudget = int64_t{56} << 20;    // coefficients kept between passes, with u in tiles or rows and û of rows
 constexpr int64_t kPackBudget = int64_t{16} << 20;    // u in tiles; beyond it every pass makes those it needs
 constexpr int64_t kPartialBudget = int64_t{8} << 20;  // partial sums, but for a single chunk
-constexpr int64_t kVotesBudget = int64_t{32} << 20;   // û kept in the regime of rows
+constexpr int64_t kVotesBudget = int64_t{32} << 20;   // of it, û of rows
 constexpr int kPair = 2;                              // neighbouring tiles that share one read of W
 constexpr int64_t kGroup = 8;                         // tiles whose gû stay in cache together
 
@@ -29,7 +29,8 @@ struct DenseArgs {
   bool keep;                   // coefficients (backward), couplings (forward, last iteration)
   // Scratch, numbers of the accumulation type. A tile is [J·E][lanes], or [J][E rounded up] in the regime of rows.
   void* u_tiles;          // [tiles][I·D], or null beyond kPackBudget
-  void* votes;            // rows only: [B][I] tiles
+  int64_t u_step;         // rows only: from one sample of u_tiles, which may be u itself, to the next
+  void* votes;            // rows only: [B][I, rounded up to whole vectors] tiles
   void* partial;          // [chunks][tiles] tiles
   void* total;            // [tiles] tiles: forward v; backward Σ gV
   void *s_tiles, *V, *g;  // [R][tiles] tiles; forward uses one of s_tiles and V

@@ -14,17 +14,30 @@ struct Plan {
   bool rows;
 };
 
+// Lower capsules, rounded up to whole vectors.
+inline int64_t whole_blocks(const Plan& p) { return ceil_div(p.I, p.lanes) * p.lanes; }
+
+// Bytes of û in the regime of rows; p.tile is that of rows.
+inline int64_t votes_bytes(const Plan& p) { return p.B * whole_blocks(p) * p.tile; }
+
 // Few samples would leave most lanes of a tile empty, as a small E does those of a row. Shared matrices gain from tiles
 // even so: they stay in cache.
-inline bool takes_rows(int64_t B, int64_t I, int64_t J, int64_t D, int64_t E, int64_t positions, int64_t item) {
-  const int64_t lanes = vector_bytes() / item, width = ceil_div(E, lanes) * lanes;
-  return positions == 1 && 2 * B * width <= lanes * E && B * I * J * width * item <= kVotesBudget &&
-         B * I * D * item <= kPackBudget;
+inline bool takes_rows(const Plan& p, int64_t positions, int64_t iterations) {
+  const int64_t votes = votes_bytes(p), u = p.B * p.I * p.D * p.item;
+  const int64_t coefficients = 2 * (iterations - 1) * p.B * whole_blocks(p) * p.J * p.item;
+  return positions == 1 && 2 * p.B * p.tile <= p.lanes * p.J * p.E * p.item && votes <= kVotesBudget &&
+         u <= kPackBudget && votes + u + coefficients <= kKeptBudget;
 }
 
 // Bytes of u in tiles, or in the accumulation type.
 inline int64_t packed_bytes(const DenseArgs& a, const Plan& p) {
   return (p.rows ? p.B : a.tiles * p.lanes) * p.I * p.D * p.item;
+}
+
+// Whether the kernels of rows read u where it lies.
+inline bool takes_u_as_it_is(const DenseArgs& a, const Plan& p) {
+  return p.rows && a.dtype == (p.item == 8 ? DType::float64 : DType::float32) && a.u.stride[2] == 1 &&
+         a.u.stride[1] == p.D;
 }
 
 inline bool packs(const DenseArgs& a, const Plan& p) { return packed_bytes(a, p) <= kPackBudget; }
@@ -38,8 +51,9 @@ inline Plan plan(DenseArgs& a) {
   p.E = a.weight.size[3];
   p.item = a.dtype == DType::float64 ? 8 : 4;
   p.lanes = vector_bytes() / p.item;
-  p.rows = takes_rows(p.B, p.I, p.J, p.D, p.E, a.positions, p.item);
-  p.tile = p.J * p.item * (p.rows ? ceil_div(p.E, p.lanes) * p.lanes : p.E * p.lanes);
+  p.tile = p.J * p.item * ceil_div(p.E, p.lanes) * p.lanes;
+  p.rows = takes_rows(p, a.positions, a.iterations);
+  if (!p.rows) p.tile = p.J * p.item * p.E * p.lanes;
   a.tiles = p.rows ? p.B : ceil_div(p.B, p.lanes);
   // At least 32 tasks; what a chunk needs of W, and of u where that is not kept in tiles, in half of a level 2 cache;
   // partial sums within their budget. Chunks of rows are whole vectors of lower capsules, those of tiles groups of 4.
@@ -58,7 +72,7 @@ inline Plan plan(DenseArgs& a) {
 
 // Bytes of coefficients of one iteration: c or gb of every lower capsule and parent.
 inline int64_t coefficient_bytes(const DenseArgs& a, const Plan& p) {
-  return p.rows ? p.B * ceil_div(p.I, p.lanes) * p.lanes * p.J * p.item : a.tiles * p.lanes * p.I * p.J * p.item;
+  return p.rows ? p.B * whole_blocks(p) * p.J * p.item : a.tiles * p.lanes * p.I * p.J * p.item;
 }
 
 // Whether backward keeps the coefficients of all iterations but the first.

@@ -15,6 +15,7 @@ struct Rows {
   const DenseArgs& a;
   Sizes z;
   int64_t B, I, J, D, E, width, size, row, blocks;  // size: J·width; row: J·lanes; blocks of `lanes` lower capsules
+  int64_t sample;                                   // numbers of û of one
 
   explicit Rows(const DenseArgs& args)
       : a(args),
@@ -27,10 +28,13 @@ struct Rows {
         width(padded<T>(E)),
         size(J * width),
         row(J * lanes),
-        blocks((I + lanes - 1) / lanes) {}
+        blocks((I + lanes - 1) / lanes),
+        sample(blocks * lanes * size) {}
 
-  T* u(int64_t b, int64_t i) const { return static_cast<T*>(a.u_tiles) + (b * I + i) * D; }
-  T* votes(int64_t b, int64_t i) const { return static_cast<T*>(a.votes) + (b * I + i) * size; }
+  T* u(int64_t b, int64_t i) const { return static_cast<T*>(a.u_tiles) + b * a.u_step + i * D; }
+  T* votes(int64_t b, int64_t i) const {
+    return static_cast<T*>(a.votes) + b * sample + (i / lanes * row + i % lanes) * width;
+  }
   T* partial(int64_t chunk, int64_t b) const { return static_cast<T*>(a.partial) + (chunk * B + b) * size; }
   T* total(int64_t b) const { return static_cast<T*>(a.total) + b * size; }
   T* s(int64_t t, int64_t b) const { return static_cast<T*>(a.s_tiles) + (t * B + b) * size; }
@@ -61,21 +65,16 @@ CAPS_INLINE void read_rows(const Rows<T>& l, const in_t* in, int64_t j_stride, i
 // v from s; numbers behind E are 0 in both.
 template <typename T>
 CAPS_INLINE void squash_rows(const Rows<T>& l, const T* s, T* v) {
-  for (int64_t j = 0; j < l.J; ++j) {
-    squash_any(s + j * l.width, 1, v + j * l.width, 1, l.E);
-    for (int64_t e = l.E; e < l.width; ++e) v[j * l.width + e] = 0;
-  }
+  for (int64_t at = 0; at < l.size; at += l.width) squash_row(s + at, v + at, l.width);
 }
 
 template <typename T>
 CAPS_INLINE void squash_rows_backward(const Rows<T>& l, const T* grad_v, const T* s, T* grad_s) {
-  for (int64_t j = 0; j < l.J; ++j) {
-    squash_any_backward(grad_v + j * l.width, 1, s + j * l.width, 1, grad_s + j * l.width, 1, l.E);
-    for (int64_t e = l.E; e < l.width; ++e) grad_s[j * l.width + e] = 0;
-  }
+  for (int64_t at = 0; at < l.size; at += l.width) squash_row_backward(grad_v + at, s + at, grad_s + at, l.width);
 }
 
-// û of a chunk of lower capsules, all samples; with `sum` also the partial sums of the first iteration.
+// û of a chunk of lower capsules, all samples; with `sum` also the partial sums of the first iteration. Votes up to a
+// whole block are 0.
 template <typename T>
 void predict_chunk(const Rows<T>& l, Weights<T>& weights, int64_t chunk, bool sum) {
   const int64_t i0 = chunk * l.a.chunk, i1 = min_of(i0 + l.a.chunk, l.I);
@@ -83,18 +82,32 @@ void predict_chunk(const Rows<T>& l, Weights<T>& weights, int64_t chunk, bool su
   for (int64_t n = 0; sum && n < l.B * l.size; ++n) l.partial(chunk, 0)[n] = 0;
   for (int64_t i = i0; i < i1; ++i) {
     const T* matrices = weights(i);
+    prefetch_pages(weights.ahead(i + 1), l.J * l.D * l.E);
     for_blocks<4>(l.B, [&](auto block, int64_t b) __attribute__((always_inline)) {
       constexpr int n = decltype(block)::size;
-      predict_rows<n>(l.u(b, i), l.I * l.D, matrices, b == 0 ? weights.ahead(i + 2) : nullptr, l.z, l.votes(b, i),
-                      l.I * l.size, sum ? l.partial(chunk, b) : nullptr, l.size);
+      predict_rows<n>(l.u(b, i), l.a.u_step, matrices, l.z, l.votes(b, i),
+                      l.sample, sum ? l.partial(chunk, b) : nullptr, l.size);
     });
+  }
+  for (int64_t i = i1; i1 == l.I && i % l.lanes != 0; ++i) {
+    for (int64_t b = 0; b < l.B; ++b) {
+      for (int64_t j = 0; j < l.J; ++j) {
+        for (int64_t e = 0; e < l.width; ++e) l.votes(b, i)[j * l.lanes * l.width + e] = 0;
+      }
+    }
   }
 }
 
 template <typename T>
-CAPS_INLINE T sum_of_chunks(const Rows<T>& l, int64_t b, int64_t n) {
-  T sum = l.partial(0, b)[n];
-  for (int64_t chunk = 1; chunk < l.a.chunks; ++chunk) sum += l.partial(chunk, b)[n];
+CAPS_INLINE int64_t blocks_of(const Rows<T>& l, int64_t chunk) {
+  return (min_of(l.a.chunk, l.I - chunk * l.a.chunk) + l.lanes - 1) / l.lanes;
+}
+
+// Σ of the partial sums of all chunks: kLanes numbers from place n on.
+template <typename T>
+CAPS_INLINE Vec<T> sum_of_chunks(const Rows<T>& l, int64_t b, int64_t n) {
+  auto sum = load<Vec<T>>(l.partial(0, b) + n);
+  for (int64_t chunk = 1; chunk < l.a.chunks; ++chunk) sum += load<Vec<T>>(l.partial(chunk, b) + n);
   return sum;
 }
 
@@ -103,7 +116,7 @@ void finish_iteration(const Rows<T>& l, int64_t b) {
   const DenseArgs& a = l.a;
   T *s = l.s(0, b), *v = l.total(b), *V = l.V(0, b);
   const T scale = a.t == 0 ? l.uniform() : T(1);
-  for (int64_t n = 0; n < l.size; ++n) s[n] = scale * sum_of_chunks(l, b, n);
+  for (int64_t n = 0; n < l.size; n += l.lanes) store(s + n, scale * sum_of_chunks(l, b, n));
   dispatch_floating(a.dtype, [&]<typename scalar_t>() {
     if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
       const auto* bias = static_cast<const scalar_t*>(a.bias.data);
@@ -138,14 +151,25 @@ void start_backward(const Rows<T>& l, int64_t b) {
   squash_rows_backward(l, l.total(b), l.s(a.iterations - 1, b), l.g(a.iterations - 1, b));
 }
 
+// The pass of iteration t over a chunk of one sample: couplings, their gradients and, where these count, partial sums
+// of gV^{t-1}.
+template <typename T>
+void route_chunk_backward(const Rows<T>& l, int64_t chunk, int64_t b, int64_t t) {
+  T* sums = l.a.last_only ? nullptr : l.partial(chunk, b);
+  for (int64_t n = 0; sums && n < l.size; ++n) sums[n] = 0;
+  const int64_t i = chunk * l.a.chunk;
+  route_rows<true>(l.votes(b, i), blocks_of(l, chunk), l.z, l.V(t - 1, b), l.g(t, b), sums, true,
+                   l.kept(2 * (t - 1), b, i), l.kept(2 * (t - 1) + 1, b, i));
+}
+
 // From the partial sums of gV^{t-1}: Σ gV so far, and g^{t-1}.
 template <typename T>
 void finish_backward(const Rows<T>& l, int64_t b) {
   const int64_t t = l.a.t;
   T* total = l.total(b);
-  for (int64_t n = 0; n < l.size; ++n) {
-    const T sum = sum_of_chunks(l, b, n);
-    total[n] = t == l.a.iterations - 1 ? sum : total[n] + sum;
+  for (int64_t n = 0; n < l.size; n += l.lanes) {
+    const auto sum = sum_of_chunks(l, b, n);
+    store(total + n, t == l.a.iterations - 1 ? sum : load<Vec<T>>(total + n) + sum);
   }
   squash_rows_backward(l, total, l.s(t - 1, b), l.g(t - 1, b));
 }
@@ -155,19 +179,20 @@ template <typename T>
 CAPS_INLINE void votes_gradient(const Rows<T>& l, int64_t b, int64_t i, T* out) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  const int64_t R = l.a.iterations, first = l.a.last_only ? R - 1 : 0, J = l.J, width = l.width;
-  const bool full = !l.a.last_only;
-  const T uniform = l.uniform(), *g0 = l.g(0, b);
-  for (int64_t n = 0; n < l.size; n += lanes) store(out + n, first == 0 ? uniform * load<V>(g0 + n) : V{});
-  for (int64_t t = first > 0 ? first : 1; t < R; ++t) {
-    const T *c = l.kept(2 * (t - 1), b, i) + i % lanes, *gb = l.kept(2 * (t - 1) + 1, b, i) + i % lanes;
-    const T *g = l.g(t, b), *Vt = l.V(t - 1, b);
-    for (int64_t j = 0; j < J; ++j) {
-      for (int64_t at = j * width; at < (j + 1) * width; at += lanes) {
-        V sum = load<V>(out + at) + c[j * lanes] * load<V>(g + at);
-        if (full) sum += gb[j * lanes] * load<V>(Vt + at);
-        store(out + at, sum);
+  const int64_t R = l.a.iterations, width = l.width;
+  const int64_t first = l.a.last_only && R > 1 ? R - 1 : 1;  // before it only the first, whose couplings are alike
+  const int64_t kept_step = l.kept(1, 0, 0) - l.kept(0, 0, 0), step = l.B * l.size;
+  const bool full = !l.a.last_only, uniform_counts = full || R == 1;
+  const T uniform = l.uniform(), *coefficients = l.kept(2 * (first - 1), b, i) + i % lanes;
+  for (int64_t j = 0; j < l.J; ++j, coefficients += lanes) {
+    for (int64_t at = j * width; at < (j + 1) * width; at += lanes) {
+      V sum = uniform_counts ? uniform * load<V>(l.g(0, b) + at) : V{};
+      const T *c = coefficients, *g = l.g(first, b) + at, *Vt = l.V(first - 1, b) + at;
+      for (int64_t t = first; t < R; ++t, c += 2 * kept_step, g += step, Vt += step) {
+        sum += c[0] * load<V>(g);
+        if (full) sum += c[kept_step] * load<V>(Vt);
       }
+      store(out + at, sum);
     }
   }
 }
@@ -183,12 +208,12 @@ void chunk_gradients(const Rows<T>& l, Weights<T>& weights, int64_t chunk, T* gr
   weights.prepare(i0, i1);
   for (int64_t i = i0; i < i1; ++i) {
     T* sums = direct ? static_cast<T*>(a.grad_weight.data) + i * matrices : grad_weight;
-    prefetch(weights.ahead(i + 1), 0, matrices);
+    prefetch_pages(weights.ahead(i + 1), matrices);
     for_blocks<4>(l.B, [&](auto block, int64_t b) __attribute__((always_inline)) {
       constexpr int n = decltype(block)::size;
       for (int k = 0; k < n; ++k) votes_gradient(l, b + k, i, grad_votes + k * l.size);
       const Write how = b > 0 ? Write::add : a.stream && l.B == n && direct ? Write::stream : Write::set;
-      row_gradients<n>(grad_votes, l.u(b, i), l.I * l.D, weights(i), l.z, sums, how, grad_u + b * l.D, l.D);
+      row_gradients<n>(grad_votes, l.u(b, i), a.u_step, weights(i), l.z, sums, how, grad_u + b * l.D, l.D);
     });
     dispatch_floating(a.dtype, [&]<typename scalar_t>() {
       if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
