@@ -6,6 +6,7 @@ Rules of every kernel here:
   computed in 64 bits: `program(0)` gives the program's number so.
 - Numbers are loaded with `load`, which converts them to the dtype of their sums at once (Triton's interpreter computes
   wrongly with bfloat16 as it is), and stored with `store`, which rounds.
+- `product` multiplies matrices. Its operands have the dtype of memory (`operand`), its result that of sums.
 - Tiles have sizes that are powers of two, of which a mask leaves the part that is there.
 - Sums go over tiles in an order that the shapes alone decide, without atomic operations.
 
@@ -15,6 +16,7 @@ counted and what is compiled ahead of time is what a call does.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -28,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from caps_kernels.backends import TRITON_INTERPRETS
 from caps_kernels.ops.precision import accumulation_dtype
 
 TYPES = {
@@ -94,10 +97,18 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int =
         record.launches.append(Launch(kernel, programs, args, constants, warps, stages))
         if record.architecture is not None:
             return
-    # A GPU makes inf and NaN without a word; the interpreter's NumPy shall too.
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), np.errstate(all="ignore"):
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, _without_warnings() if TRITON_INTERPRETS else nullcontext():
         kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Make inf and NaN without a word in the interpreter's NumPy, as a GPU does."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 @contextmanager
@@ -133,6 +144,13 @@ def _architecture(index: int) -> str:
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """The Triton type in which kernels compute on tensors of a dtype."""
     return TYPES[accumulation_dtype(dtype)]
+
+
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """The Triton type of `product`'s operands on tensors of a dtype: their own, whose products float32 holds, except in
+    the interpreter, which multiplies bfloat16 wrongly.
+    """
+    return accumulator(dtype) if TRITON_INTERPRETS else TYPES[dtype]
 
 
 def dot_precision(tensor: Tensor) -> str:
@@ -172,3 +190,42 @@ def load(pointers, mask, TYPE: tl.constexpr):
 def store(pointers, values, mask):
     """Round numbers to the type of memory and write those that the mask admits."""
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a @ b: by `tl.dot`, or for float64, which not every GPU multiplies so, as sums of products, for small tiles."""
+    if a.dtype == tl.float64:
+        return tl.sum(a[:, :, None] * b[None, :, :], 1)
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def _sum_parts(
+    parts, result, count, size, PARTS: tl.constexpr, TILE: tl.constexpr, TYPE: tl.constexpr
+):  # fmt: skip
+    """result [size] = Σ of parts [count, size]."""
+    part = tl.arange(0, PARTS).to(tl.int64)[:, None]
+    n = program() * TILE + tl.arange(0, TILE)[None, :]
+    total = tl.zeros((PARTS, TILE), TYPE)
+    for start in range(0, count, PARTS):
+        mask = (start + part < count) & (n < size)
+        total += load(parts + (start + part) * size + n, mask, TYPE)
+    store(result + n, tl.expand_dims(tl.sum(total, 0), 0), n < size)
+
+
+def sum_parts(parts: Tensor, result: Tensor) -> None:
+    """Write the sum of contiguous parts [count, …] to a contiguous result […], in an order that count decides."""
+    size, count = result.numel(), parts.shape[0]
+    width = 64 if count <= 32 else 16
+    launch(
+        _sum_parts,
+        triton.cdiv(size, width),
+        parts,
+        result,
+        count,
+        size,
+        PARTS=2048 // width,
+        TILE=width,
+        TYPE=accumulator(result.dtype),
+    )

@@ -106,6 +106,7 @@ backends.register_op("dynamic_routing", _prepare)
 backends.register("dynamic_routing", "reference", _REFERENCE)
 backends.register("dynamic_routing", "cpp", cpp.IMPLEMENTATION)
 backends.register("dynamic_routing", "cuda", cuda.IMPLEMENTATION)
+backends.register("dynamic_routing", "triton", backends.Lazy("caps_kernels.ops.dynamic_routing.triton"))
 
 
 @overload

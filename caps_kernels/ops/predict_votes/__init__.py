@@ -62,6 +62,7 @@ backends.register_op("predict_votes", _prepare)
 backends.register("predict_votes", "reference", _REFERENCE)
 backends.register("predict_votes", "cpp", cpp.IMPLEMENTATION)
 backends.register("predict_votes", "cuda", cuda.IMPLEMENTATION)
+backends.register("predict_votes", "triton", backends.Lazy("caps_kernels.ops.predict_votes.triton"))
 
 
 def predict_votes(u: Tensor, weight: Tensor, *, positions: int = 1, backend: str | None = None) -> Tensor:
