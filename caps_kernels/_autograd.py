@@ -36,6 +36,10 @@ class Signature:
     """The op takes any number of leading dimensions and treats them alike."""
 
 
+SIGNATURES: dict[str, Signature] = {}
+"""Of every op, by name."""
+
+
 def differentiable(signature: Signature, forward: Call, backward: Call, reference: Implementation) -> Call:
     """The op as a function of its schema's arguments that autograd, torch.func and torch.compile understand.
 
@@ -45,6 +49,7 @@ def differentiable(signature: Signature, forward: Call, backward: Call, referenc
         backward: the backward op.
         reference: the op in plain differentiable PyTorch, from which second derivatives come.
     """
+    SIGNATURES[signature.name] = signature
     count, saved_count = signature.tensors, signature.saved
 
     class Backward(torch.autograd.Function):

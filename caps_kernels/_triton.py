@@ -52,6 +52,23 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Count:
+    """What a call does: an op's `counts(*args)` gives one for its forward and one for its backward, or None."""
+
+    launches: int
+    read: int
+    """Bytes that kernels load, whether or not a cache has them."""
+    written: int
+    """Bytes that kernels store."""
+    flop: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes loaded and stored."""
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
 class Launch:
     """A kernel and how it was started."""
 
@@ -217,7 +234,8 @@ def _sum_parts(
 def sum_parts(parts: Tensor, result: Tensor) -> None:
     """Write the sum of contiguous parts [count, …] to a contiguous result […], in an order that count decides."""
     size, count = result.numel(), parts.shape[0]
-    width = 64 if count <= 32 else 16
+    together = min(padded(max(count, 1)), 128)
+    width = 2048 // together
     launch(
         _sum_parts,
         triton.cdiv(size, width),
@@ -225,7 +243,7 @@ def sum_parts(parts: Tensor, result: Tensor) -> None:
         result,
         count,
         size,
-        PARTS=2048 // width,
+        PARTS=together,
         TILE=width,
         TYPE=accumulator(result.dtype),
     )

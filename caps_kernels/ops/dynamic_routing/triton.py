@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from caps_kernels._triton import Sample, accumulator, launch, load, padded, program, store, strides, sum_parts
+from caps_kernels._triton import Count, Sample, accumulator, launch, load, padded, program, store, strides, sum_parts
 from caps_kernels.backends import Implementation
 from caps_kernels.ops.dynamic_routing import triton_wide as wide
 from caps_kernels.ops.precision import accumulation_dtype
@@ -43,6 +43,13 @@ SAMPLES = (
     Sample("last", {"votes": (32, 288, 32, 16)}, {"routing_grad": "last"}),
     Sample("odd", {"votes": (16, 100, 7, 11)}),
 )
+COUNTED = (
+    Sample("full", {"votes": (2, 37, 10, 16), "bias": (10, 16)}),
+    Sample("five iterations", {"votes": (3, 26, 3, 5)}, {"iterations": 5, "return_coupling": True}),
+    Sample("last", {"votes": (2, 37, 10, 16), "bias": (10, 16)}, {"routing_grad": "last"}),
+    Sample("one iteration", {"votes": (2, 5, 3, 4), "bias": (3, 4)}, {"iterations": 1}),
+)
+"""For which the formulas of `counts` are compared with a run in the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -376,6 +383,45 @@ def _plan(votes: Tensor) -> tuple[Tiling, dict[str, Any]]:
 
 def _votes_layout(votes: Tensor) -> dict[str, int]:
     return dict(zip(("V0", "V1", "V2", "V3"), strides(votes, range(4)), strict=True))
+
+
+def counts(
+    votes: Tensor,
+    bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    routing_grad: str,
+    return_coupling: bool,
+) -> tuple[Count, Count] | None:
+    """Of forward and backward; exponentials and squash left out. None where triton_wide.py runs."""
+    if is_wide(votes):
+        return None
+    batch, in_capsules, out_capsules, out_dim = votes.shape
+    tiles = _plan(votes)[0]
+    programs, later = batch * tiles.chunks, iterations - 1
+    one, item, wide = out_capsules * out_dim, votes.element_size(), accumulation_dtype(votes.dtype).itemsize
+    all_votes, s = votes.numel() * item, batch * one * wide
+    of_bias = one * item if bias is not None else 0
+    part = programs * one * wide  # Bytes of every program's part, and of anything [J, E] that every program reads once.
+    coupling = batch * in_capsules * out_capsules * item if return_coupling else 0
+    read = iterations * all_votes + later * (tiles.chunks * part + programs * of_bias) + later * (later - 1) // 2 * part
+    read += part + batch * of_bias
+    written = iterations * part + iterations * s + batch * one * item + coupling
+    forward_count = Count(iterations + 1, read, written, 2 * votes.numel() * (2 * iterations - 1))
+    grad_v = programs * one * item
+    if routing_grad == "last":
+        read, written, launches = all_votes + grad_v + part + later * part, all_votes + s, 1
+        flop, summed = 4 * votes.numel(), s
+    else:
+        passes = later * (later - 1) // 2 * tiles.chunks * part + later * part + iterations * later // 2 * part
+        rows = -(-in_capsules // tiles.rows) * batch
+        finished = all_votes + later * tiles.chunks * part + part + rows * 2 * later * one * wide
+        read, launches = later * all_votes + passes + grad_v + finished, iterations
+        written = later * (part + 2 * s) + s + all_votes
+        flop, summed = 2 * votes.numel() * (5 * iterations - 4), iterations * s
+    if bias is not None:
+        read, written, launches = read + summed, written + of_bias, launches + 1
+    return forward_count, Count(launches, read, written, flop)
 
 
 def regime(votes: Tensor, *_: Any) -> str:

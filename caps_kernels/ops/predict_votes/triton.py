@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from caps_kernels._triton import (
+    Count,
     Sample,
     accumulator,
     dot_precision,
@@ -42,6 +43,12 @@ SAMPLES = (
     Sample("wide", {"u": (32, 288, 64), "weight": (288, 32, 64, 64)}),
     Sample("odd", {"u": (40, 100, 5), "weight": (100, 7, 5, 11)}),
 )
+COUNTED = (
+    Sample("tiles", {"u": (70, 3, 8), "weight": (3, 10, 8, 16)}),
+    Sample("several parts", {"u": (3, 260, 5), "weight": (2, 2, 5, 3)}, {"positions": 130}),
+    Sample("deep", {"u": (5, 2, 67), "weight": (2, 2, 67, 3)}),
+)
+"""For which the formulas of `counts` are compared with a run in the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,22 @@ def _sizes(u: Tensor, weight: Tensor, positions: int, tiles: Tiles) -> dict[str,
     tile = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth}
     numbers = {"TYPE": accumulator(u.dtype), "OPERAND": operand(u.dtype), "PRECISION": dot_precision(u)}
     return {**layout, **sizes, **tile, **numbers}
+
+
+def counts(u: Tensor, weight: Tensor, positions: int) -> tuple[Count, Count]:
+    """Of forward and backward."""
+    columns, depth, rows = weight.shape[1] * weight.shape[3], u.shape[2], u.shape[0] * positions
+    item, wide = u.element_size(), accumulation_dtype(u.dtype).itemsize
+    votes = u.shape[0] * u.shape[1] * columns
+    tiles = forward_tiles(rows, columns, depth, u.dtype)
+    read = u.numel() * triton.cdiv(columns, tiles.columns) + weight.numel() * triton.cdiv(rows, tiles.rows)
+    forward_count = Count(1, read * item, votes * item, 2 * votes * depth)
+    tiles = backward_tiles(rows, columns, depth, u.dtype)
+    parts = triton.cdiv(rows, tiles.rows)
+    read = votes * triton.cdiv(depth, tiles.depth) + u.numel() + weight.numel() * parts
+    summed = weight.numel() * parts * wide if parts > 1 else 0
+    written = (u.numel() + weight.numel()) * item + summed
+    return forward_count, Count(1 + (parts > 1), read * item + summed, written, 4 * votes * depth)
 
 
 def regime(u: Tensor, weight: Tensor, positions: int) -> str:

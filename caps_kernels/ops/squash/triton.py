@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from caps_kernels._triton import Sample, accumulator, launch, load, padded, program, store, strides
+from caps_kernels._triton import Count, Sample, accumulator, launch, load, padded, program, store, strides
 from caps_kernels.backends import Implementation
 
 TILE = 2048
-"""Elements of a tile of whole vectors: 16 for each thread of 4 warps, four 128-bit loads in float32."""
+"""Elements of a tile of whole vectors (float64: half): 16 for each thread of 4 warps, four 128-bit loads of float32."""
 WHOLE = 4096
 """Longer vectors are read in parts of so many elements."""
 
@@ -28,6 +28,8 @@ SAMPLES = (
     Sample("along channels", {"s": (32, 16, 400)}, {"dim": 1}),
     Sample("long", {"s": (8, 20_000)}),
 )
+COUNTED = (Sample("rows", {"s": (300, 8)}), Sample("in parts", {"s": (2, 9001)}))
+"""For which the formulas of `counts` are compared with a run in the interpreter."""
 
 
 @triton.jit
@@ -218,10 +220,17 @@ def _launch(s: Tensor, grad: tuple[Tensor, ...], result: Tensor) -> None:
         launch(kernel, rows, *grad, s, result, warps=8, **common, WIDTH=WHOLE)
         return
     width = padded(size)
-    height = max(1, TILE // width)
+    height = max(1, TILE // width // (2 if s.dtype == torch.float64 else 1))
     kernel = backward_whole if grad else forward_whole
     warps = 8 if width > TILE else 4
     launch(kernel, triton.cdiv(rows, height), *grad, s, result, rows, warps=warps, **common, ROWS=height, WIDTH=width)
+
+
+def counts(s: Tensor, dim: int) -> tuple[Count, Count]:
+    """Of forward and backward; FLOP without roots and divisions."""
+    size = s.numel() * s.element_size()
+    times = 2 if s.shape[dim] > WHOLE else 1
+    return Count(1, times * size, size, 6 * s.numel()), Count(1, 2 * times * size, size, 11 * s.numel())
 
 
 def regime(s: Tensor, dim: int) -> str:
