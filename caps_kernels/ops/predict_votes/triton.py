@@ -59,6 +59,7 @@ class Tiles:
     columns: int
     depth: int
     """Dimensions D of a lower capsule at a time."""
+    warps: int = 4
 
 
 def forward_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tiles:
@@ -73,7 +74,12 @@ def backward_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype) -> T
     """Tiles of the backward."""
     if dtype == torch.float64:
         return Tiles(min(padded(rows), 16), min(padded(columns), 16), min(padded(depth), 8))
-    return Tiles(min(padded(rows, 16), 128), min(padded(columns, 16), 32), min(padded(depth, 16), 64))
+    depth = min(padded(depth, 16), 64)
+    if rows <= 16:
+        return Tiles(16, min(padded(columns, 16), 64), depth)
+    if dtype == torch.float32:  # Multiplied without matrix units, from registers, of which fewer warps would spill.
+        return Tiles(min(padded(rows), 64), min(padded(columns, 16), 32 if depth == 16 else 16), depth, warps=8)
+    return Tiles(min(padded(rows), 128), min(padded(columns, 16), 32), depth)
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_votes, u, weight, grad_u, grad_weight, rows, row_tiles, types,
+    grad_votes, u, weight, grad_u, grad_weight, rows, row_tiles, types, columns,
     J: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, GU0: tl.constexpr,
@@ -137,7 +143,7 @@ def backward_kernel(
     inside = (m < rows)[:, None] & (d < D)[None, :]
     inputs = load(u + _rows(m, type_, P, U0, U1)[:, None] + d[None, :] * U2, inside, OPERAND)
     total = tl.zeros((ROWS, DEPTH), TYPE)
-    for start in range(0, J * E, COLUMNS):
+    for start in range(0, columns, COLUMNS):  # Not J * E, which the compiler knows, and would unroll the loop for.
         n = start + tl.arange(0, COLUMNS)
         at = _rows(m, type_, P, G0, G1)[:, None] + (n // E * G2 + n % E * G3)[None, :]
         grad = load(grad_votes + at, (m < rows)[:, None] & (n < J * E)[None, :], OPERAND)
@@ -179,8 +185,8 @@ def backward(grad_votes: Tensor, u: Tensor, weight: Tensor, positions: int) -> t
     launch(
         backward_kernel,
         types * row_tiles * triton.cdiv(depth, tiles.depth),
-        grad_votes, u, weight.contiguous(), grad_u, parts, rows, row_tiles, types,
-        **_sizes(u, weight, positions, tiles), GU0=in_capsules * depth,
+        grad_votes, u, weight.contiguous(), grad_u, parts, rows, row_tiles, types, out_capsules * out_dim,
+        **_sizes(u, weight, positions, tiles), GU0=in_capsules * depth, warps=tiles.warps,
         **dict(zip(("G0", "G1", "G2", "G3"), strides(grad_votes, range(4)), strict=True)),
     )  # fmt: skip
     if row_tiles != 1:
