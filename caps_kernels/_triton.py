@@ -213,8 +213,10 @@ def store(pointers, values, mask):
 def product(a, b, PRECISION: tl.constexpr):
     """a @ b: by `tl.dot`, or for float64, which not every GPU multiplies so, as sums of products, for small tiles."""
     if a.dtype == tl.float64:
-        return tl.sum(a[:, :, None] * b[None, :, :], 1)
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+        result = tl.sum(a[:, :, None] * b[None, :, :], 1)
+    else:
+        result = tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+    return result
 
 
 @triton.jit
