@@ -81,9 +81,10 @@ __global__ void __launch_bounds__(kSquashThreads) squash_columns(const __grid_co
   const int64_t E = args.s.size[1], inner = args.s.size[2], count = args.s.size[0] * inner;
   const int64_t step = int64_t(gridDim.x) * kSquashThreads;
   for (int64_t at_once = int64_t(blockIdx.x) * kSquashThreads + threadIdx.x; at_once < count; at_once += step) {
-    const scalar_t* s = at<scalar_t>(args.s, at_once / inner, at_once % inner);
-    const scalar_t* g = at<scalar_t>(backward ? args.grad_v : args.s, at_once / inner, at_once % inner);
-    scalar_t* out = at<scalar_t>(args.out, at_once / inner, at_once % inner);
+    const int64_t outer = at_once / inner, rest = at_once - outer * inner;  // a division of 64 bits is a call
+    const scalar_t* s = at<scalar_t>(args.s, outer, rest);
+    const scalar_t* g = at<scalar_t>(backward ? args.grad_v : args.s, outer, rest);
+    scalar_t* out = at<scalar_t>(args.out, outer, rest);
     T largest = 0;
     for (int64_t e = 0; e < E; ++e) largest = larger(fabs(widen(s[e * args.s.stride[1]])), largest);
     const T scale = squash_scale(largest);
