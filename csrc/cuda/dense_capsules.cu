@@ -149,17 +149,27 @@ void launch_steps(const Gpu& gpu, void (*kernel)(DenseArgs), Grid grid, DenseArg
   gpu.launch(kernel, grid, a, true);
 }
 
+using PlanNumbers = std::tuple<int64_t, int64_t, int64_t, bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
 // How a call would run, for whoever asks: the samples, parents and numbers e that its tile has room for, 0 for the plain
-// kernels; whether products are made on tensor cores; whether all iterations of forward are one launch.
-std::tuple<int64_t, int64_t, int64_t, bool, bool> dense_capsules_regime(Tensor u, Tensor weight, int64_t positions,
-                                                                        int64_t iterations) {
+// kernels; whether products are made on tensor cores; whether all iterations of forward are one launch; the threads of a
+// block; items and bytes of shared memory of a pass, and of the gradients.
+PlanNumbers dense_capsules_plan(Tensor u, Tensor weight, int64_t positions, int64_t iterations) {
   const Gpu gpu("dense_capsules", u);
   DenseArgs a = common_args(u, weight, {}, positions, iterations, false, false);
-  return with_tile(gpu, u, a, [&]<typename Tile>() -> std::tuple<int64_t, int64_t, int64_t, bool, bool> {
+  return with_tile(gpu, u, a, [&]<typename Tile>() -> PlanNumbers {
     const Plan p = plan<Tile>(a);
-    const bool cooperative = gpu.resident_blocks(dense_forward<Tile>, {1, p.threads, p.forward_bytes}) > 0;
-    if constexpr (is_plain<Tile>) return {0, 0, 0, false, cooperative};
-    else return {Tile::kSamples, Tile::kWarps * Tile::kParents, Tile::kE, Tile::kTensorCores, cooperative};
+    const bool one_launch = gpu.resident_blocks(dense_forward<Tile>, {1, p.threads, p.forward_bytes}) > 0;
+    int64_t samples = 0, parents = 0, numbers = 0;
+    bool tensor_cores = false;
+    if constexpr (!is_plain<Tile>) {
+      samples = Tile::kSamples;
+      parents = Tile::kWarps * Tile::kParents;
+      numbers = Tile::kE;
+      tensor_cores = Tile::kTensorCores;
+    }
+    return {samples,   parents,           numbers,         tensor_cores, one_launch,
+            p.threads, a.tiles * a.chunks, p.forward_bytes, a.groups,     p.gradient_bytes};
   });
 }
 
@@ -233,13 +243,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(CAPS_GPU_OPS, m) {
   m.def(
       "dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, Tensor? bias, Tensor s, int positions, "
       "int iterations, bool leaky, bool last_only) -> (Tensor, Tensor, Tensor)");
-  m.def("dense_capsules_regime(Tensor u, Tensor weight, int positions, int iterations) -> (int, int, int, bool, bool)");
+  m.def(
+      "dense_capsules_plan(Tensor u, Tensor weight, int positions, int iterations) -> "
+      "(int, int, int, bool, bool, int, int, int, int, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(CAPS_GPU_OPS, CAPS_GPU_KEY, m) {
   m.impl("dense_capsules_fwd", TORCH_BOX(&dense_capsules_fwd));
   m.impl("dense_capsules_bwd", TORCH_BOX(&dense_capsules_bwd));
-  m.impl("dense_capsules_regime", TORCH_BOX(&dense_capsules_regime));
+  m.impl("dense_capsules_plan", TORCH_BOX(&dense_capsules_plan));
 }
 
 }  // namespace caps::gpu

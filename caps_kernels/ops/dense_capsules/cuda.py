@@ -48,15 +48,14 @@ def backward(
 
 def regime(u: Tensor, weight: Tensor, bias: Tensor | None, positions: int, iterations: int, *_: object) -> str:
     """How a call would run: the tile of csrc/include/caps/gpu_dense_plan.h, and the launches of forward."""
-    samples, parents, numbers, tensor_cores, cooperative = torch.ops.caps_kernels_cuda.dense_capsules_regime(
-        u, weight, positions, iterations
-    )
+    plan = torch.ops.caps_kernels_cuda.dense_capsules_plan(u, weight, positions, iterations)
+    samples, parents, numbers, tensor_cores, one_launch = plan[:5]
     if numbers == 0:
         tile = "plain: a sample a warp"
     else:
         product = "tensor cores" if tensor_cores else "FMA"
         tile = f"tiles of {samples} samples for J up to {parents} and E up to {numbers}, products by {product}"
-    return f"{tile}; {'one cooperative launch' if cooperative else 'two launches an iteration'}"
+    return f"{tile}; {'one cooperative launch' if one_launch else 'two launches an iteration'}"
 
 
 IMPLEMENTATION = Implementation(forward, backward, regime=regime)

@@ -143,6 +143,7 @@ class DenseGradients {
     for (int t = args_.last_only && R > 1 ? R - 1 : 1; t < R; ++t) {
       const typename Block::Vectors V_t(block_, V + (t - 1) * all, tile), g_t(block_, g + t * all, tile);
       block_.put_scores(x, V_t, block_.scores(0));
+      block_.forget();
       block_.put_scores(x, g_t, block_.scores(1));
       __syncthreads();
       block_.forget();
@@ -150,6 +151,7 @@ class DenseGradients {
       __syncthreads();
       block_.forget();
       block_.add_scaled(grad, block_.scores(0), g_t);
+      block_.forget();
       if (!args_.last_only) block_.add_scaled(grad, block_.scores(1), V_t);
     }
     block_.forget();
