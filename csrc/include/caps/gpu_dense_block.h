@@ -199,9 +199,10 @@ class DenseBlock {
   }
 
   // Scores of this thread's samples and parents: Σ_e x y, into shared memory.
-  CAPS_DEVICE void put_scores(const Values& x, const Vectors& vectors, T* scores) const {
+  CAPS_DEVICE void put_scores(const Values& x, const Vectors& vectors, T* scores) {
 #pragma unroll
     for (int k = 0; k < kParents; ++k) {
+      if constexpr (kParents > 1) forget();
       if (!has(k)) continue;
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
@@ -218,9 +219,10 @@ class DenseBlock {
 
   // x += score · y, with scores from shared memory; row(k, m, y) fills in y.
   template <typename F>
-  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const F& row_of) const {
+  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const F& row_of) {
 #pragma unroll
     for (int k = 0; k < kParents; ++k) {
+      if constexpr (kParents > 1) forget();
       if (!has(k)) continue;
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
@@ -232,10 +234,10 @@ class DenseBlock {
       }
     }
   }
-  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const Vectors& vectors) const {
+  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const Vectors& vectors) {
     add_scaled(x, scores, [&](int k, int m, Row& y) { vectors.row(k, m, y); });
   }
-  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const Values& y) const {
+  CAPS_DEVICE void add_scaled(Values& x, const T* scores, const Values& y) {
     add_scaled(x, scores, [&](int k, int m, Row& row) {
 #pragma unroll
       for (int n = 0; n < kWidth; ++n) row[n] = y[k][m][n];
