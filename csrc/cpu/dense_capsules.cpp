@@ -58,15 +58,18 @@ void tiles_pack(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t c_step = args.keep ? l.I * l.row : l.row;
-    for_chunks(l, kPair * (l.tile_size + l.row), begin, end,
+    const int64_t c_step = args.keep ? l.I * l.row : kRouted * l.row, votes = kRouted * kRoutedTiles * l.tile_size;
+    for_chunks(l, votes + kRouted * kRoutedTiles * l.row, begin, end,
                [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u,
                    T* sums, T* memory) {
                  constexpr int tiles = decltype(pair)::size;
                  if (args.t == 0) return route_uniformly<tiles>(u.u, u.step, weights, l.z, i0, i1, l.uniform(), sums);
-                 T* c = args.keep ? l.kept(0, tile, i0) : memory + kPair * l.tile_size;
-                 route<false, tiles, T>(u.u, u.step, weights, l.z, i0, i1, l.V(0, tile), nullptr, sums, memory,
-                                        args.keep, c, nullptr, c_step);
+                 for_blocks<kRoutedTiles>(tiles, [&](auto block, int64_t n) __attribute__((always_inline)) {
+                   T* c = args.keep ? l.kept(0, tile + n, i0) : memory + votes;
+                   route<false, decltype(block)::size, T>(u.u + n * u.step, u.step, weights, l.z, i0, i1,
+                                                          l.V(0, tile + n), nullptr, sums + n * l.tile_size, memory,
+                                                          args.keep, c, nullptr, c_step);
+                 });
                });
   });
 }
@@ -101,15 +104,20 @@ void tiles_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t c_step = args.keep ? l.I * l.row : l.row;
-    for_chunks(l, kPair * (l.tile_size + 2 * l.row), begin, end,
-               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u,
+    const int64_t c_step = args.keep ? l.I * l.row : kRouted * l.row, votes = kRouted * kRoutedTiles * l.tile_size;
+    for_chunks(l, votes + 2 * kRouted * kRoutedTiles * l.row, begin, end,
+               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile0, const Packed<T>& u,
                    T* sums, T* memory) {
-                 T* c = args.keep ? l.c(args.t, tile, i0) : memory + kPair * l.tile_size;
-                 T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kPair * l.row;
-                 route<true, decltype(pair)::size, T>(u.u, u.step, weights, l.z, i0, i1, l.V(args.t - 1, tile),
-                                                      l.g(args.t, tile), args.last_only ? nullptr : sums, memory,
-                                                      args.keep, c, gb, c_step);
+                 for_blocks<kRoutedTiles>(decltype(pair)::size, [&](auto block, int64_t n)
+                                              __attribute__((always_inline)) {
+                   const int64_t tile = tile0 + n;
+                   T* c = args.keep ? l.c(args.t, tile, i0) : memory + votes;
+                   T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kRouted * kRoutedTiles * l.row;
+                   route<true, decltype(block)::size, T>(u.u + n * u.step, u.step, weights, l.z, i0, i1,
+                                                         l.V(args.t - 1, tile), l.g(args.t, tile),
+                                                         args.last_only ? nullptr : sums + n * l.tile_size, memory,
+                                                         args.keep, c, gb, c_step);
+                 });
                });
   });
 }

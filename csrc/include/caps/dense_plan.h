@@ -59,7 +59,7 @@ inline Plan plan(DenseArgs& a) {
   // partial sums within their budget. Chunks of rows are whole vectors of lower capsules, those of tiles groups of 4.
   const int64_t unit = p.rows ? p.lanes : 4;
   const int64_t numbers = p.D * (p.J * p.E + (packs(a, p) ? 0 : kPair * p.lanes));
-  const int64_t enough = std::max(ceil_div(32, a.tiles), ceil_div(p.I * numbers * p.item, 512 << 10));
+  const int64_t enough = std::max(ceil_div(32, a.tiles), ceil_div(p.I * numbers * p.item, 640 << 10));
   const int64_t most = std::max<int64_t>(1, kPartialBudget / (p.tile * a.tiles));
   a.chunk = ceil_div(ceil_div(p.I, std::min({enough, most, ceil_div(p.I, unit)})), unit) * unit;
   a.chunks = ceil_div(p.I, a.chunk);

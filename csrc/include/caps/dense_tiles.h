@@ -174,11 +174,12 @@ class Gradients {
         first_(a_.last_only ? a_.iterations - 1 : 0),
         matrices_(l_.J * l_.D * l_.E),
         uniform_(l_.uniform()) {
-    const int64_t own = a_.keep ? 0 : kPair * l_.tile_size + 2 * (a_.iterations - 1) * group_ * kShared * l_.row;
+    const int64_t own = a_.keep ? 0 : 2 * (a_.iterations - 1) * group_ * kShared * l_.row;
     const int64_t packed = a_.u_tiles ? 0 : kShared * group_ * l_.D * lanes;
     const int64_t sizes[] = {kShared * group_ * l_.D * lanes,      packed,
                              kShared * group_ * l_.E * lanes,      own,
-                             (kShared * matrices_ + 15) / 16 * 16, weights_.copy_size(kShared)};
+                             (kShared * matrices_ + 15) / 16 * 16, (l_.D * l_.E + 15) / 16 * 16,
+                             weights_.copy_size(kShared)};
     int64_t size = 0;
     for (int64_t n : sizes) size += n;
     T* memory = static_cast<T*>(scratch(Scratch::chunk, size * int64_t(sizeof(T))));
@@ -187,7 +188,8 @@ class Gradients {
     grad_votes_ = packed_ + sizes[1];
     own_ = grad_votes_ + sizes[2];
     grad_weight_ = own_ + sizes[3];
-    weights_.use_memory(grad_weight_ + sizes[4]);
+    room_ = grad_weight_ + sizes[4];
+    weights_.use_memory(room_ + sizes[5]);
   }
 
   // Task n: kShared types of one position each, or `part` positions of one type.
@@ -256,9 +258,10 @@ class Gradients {
         // Positions of one type add to the same matrices.
         const bool shared = a_.positions > 1;
         T* out = sums + (shared ? 0 : k * matrices_) + j * matrix;
-        const auto weight_gradient = tiles <= kPair ? weight_gradient_of_few<T> : weight_gradient_of_many<T>;
-        weight_gradient(u.u + k * u_step, u.step, grad_votes_ + k * tiles * step, step, tiles, l_.D, l_.E, out,
-                        shared && k > 0 ? Write::add : how);
+        const T *uk = u.u + k * u_step, *gk = grad_votes_ + k * tiles * step;
+        const Write now = shared && k > 0 ? Write::add : how;
+        if (tiles <= kPair) weight_gradient_of_few(uk, u.step, gk, step, tiles, l_.D, l_.E, out, now, room_);
+        else weight_gradient_of_many(uk, u.step, gk, step, tiles, l_.D, l_.E, out, now);
       }
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -268,31 +271,40 @@ class Gradients {
 
   // Room for c (which = 0) and gb (1) of iteration t where they were not kept.
   T* own(int64_t t, int64_t which, int64_t tile) const {
-    return own_ + kPair * l_.tile_size + ((2 * (t - 1) + which) * group_ + tile) * kShared * l_.row;
-  }
-  // û is made once for all iterations.
-  void compute_coefficients(const Packed<T>& u, int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
-    for (int64_t n = 0; n < tiles; n += kPair) {
-      for_pair(min_of(tiles - n, kPair), [&](auto pair) __attribute__((always_inline)) {
-        for (int64_t k = 0; k < count; ++k) {
-          coefficients_of_one<decltype(pair)::size>(u.u + n * u.step + k * l_.D * lanes, u.step, i + k, k, tile0, n);
-        }
-      });
-    }
+    return own_ + ((2 * (t - 1) + which) * group_ + tile) * kShared * l_.row;
   }
 
-  template <int tiles>
-  void coefficients_of_one(const T* u, int64_t u_step, int64_t i, int64_t k, int64_t tile0, int64_t n) {
-    const int64_t begin = first_ > 0 ? first_ : 1, step = kShared * l_.row;
-    for (int64_t t = begin; t < a_.iterations; ++t) {
-      const T *Vt = l_.V(t - 1, tile0 + n), *g = l_.g(t, tile0 + n);
-      T *c = own(t, 0, n) + k * l_.row, *gb = own(t, 1, n) + k * l_.row;
-      if (t == begin)
-        votes_and_dots<true, tiles>(u, u_step, weights_(i), weights_.ahead(i + 1), l_.z, Vt, g, own_, c, gb, step);
-      else dots_of_votes<tiles>(own_, l_.z, Vt, g, c, gb, step);
-      for (int q = 0; q < tiles; ++q) {
-        softmax(c + q * step, l_.J, l_.z.leaky);
-        softmax_backward(c + q * step, gb + q * step, l_.J);
+  // û is made once for two iterations.
+  void compute_coefficients(const Packed<T>& u, int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
+    const int64_t begin = first_ > 0 ? first_ : 1;
+    for_blocks<kRoutedTiles>(tiles, [&](auto block, int64_t n) __attribute__((always_inline)) {
+      for_blocks<2>(
+          a_.iterations,
+          [&](auto rounds, int64_t t) __attribute__((always_inline)) {
+            coefficients_of_rounds<decltype(rounds)::size, decltype(block)::size>(u.u + n * u.step, u.step, i, count, t,
+                                                                                  tile0, n);
+          },
+          begin);
+    });
+  }
+
+  template <int rounds, int tiles>
+  void coefficients_of_rounds(const T* u, int64_t u_step, int64_t i, int64_t count, int64_t t, int64_t tile0,
+                              int64_t n) {
+    const int64_t step = kShared * l_.row;
+    const T *Vt[rounds], *g[rounds];
+    T *c[rounds], *gb[rounds];
+    for (int m = 0; m < rounds; ++m) {
+      Vt[m] = l_.V(t + m - 1, tile0 + n);
+      g[m] = l_.g(t + m, tile0 + n);
+      c[m] = own(t + m, 0, n);
+      gb[m] = own(t + m, 1, n);
+    }
+    dots_of_rounds<rounds, tiles>(u, u_step, weights_, i, count, l_.z, Vt, g, c, gb, step);
+    for (int m = 0; m < rounds; ++m) {
+      for (int k = 0; k < tiles; ++k) {
+        softmax(c[m] + k * step, l_.J, l_.z.leaky, count);
+        softmax_backward(c[m] + k * step, gb[m] + k * step, l_.J, count);
       }
     }
   }
@@ -358,7 +370,7 @@ class Gradients {
   Weights<T> weights_;
   int64_t group_, first_, matrices_;
   T uniform_;
-  T *grad_u_, *packed_, *grad_votes_, *own_, *grad_weight_;
+  T *grad_u_, *packed_, *grad_votes_, *own_, *grad_weight_, *room_;
 };
 
 }  // namespace

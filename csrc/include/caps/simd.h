@@ -69,6 +69,11 @@ CAPS_INLINE V max(V a, V b) {
 }
 
 template <typename V>
+CAPS_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <typename V>
 CAPS_INLINE V abs(V x) {
   using I = IntsOf<V>;
   constexpr auto sign = Element<I>(1) << (8 * sizeof(Element<I>) - 1);

@@ -2,6 +2,7 @@
 // Only for code compiled with CAPS_ISA.
 #pragma once
 
+#include <caps/dense.h>
 #include <caps/softmax.h>
 #include <caps/tile.h>
 
@@ -14,6 +15,10 @@ struct Sizes {
 
 constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // sums of votes held in registers at once
 constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
+// Of a routing pass: neighbouring tiles that share one read of W, and lower capsules that share one of V, g and the sums.
+// Their û should fit in the innermost cache. With 16 registers the reads of W count most, with 32 those of the sums.
+constexpr int kRoutedTiles = sizeof(Vec<float>) == 64 ? 1 : kPair;
+constexpr int kRouted = 4 / kRoutedTiles;
 
 template <int n>
 struct Block {
@@ -74,75 +79,99 @@ void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Size
   }
 }
 
-// û_i [tiles][J·E] of one lower capsule, its dot products [tiles][J] with V and, in backward, with g. next: the
-// matrices of the one after it, or null.
+// û of `count` lower capsules from i on, [count][tiles][J·E], its dot products [J] with V and, in backward, with g: those
+// of a tile lie dots_step numbers after those of the one before, those of a capsule after those of its neighbour. u: of
+// capsule i.
 template <bool backward, int tiles, typename T>
-CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const T* matrices, const T* next, Sizes z, const T* V,
-                                const T* g, T* votes, T* with_V, T* with_g, int64_t dots_step) {
+CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const Weights<T>& weights, int64_t i, int64_t count,
+                                Sizes z, const T* V, const T* g, T* votes, T* with_V, T* with_g, int64_t dots_step) {
   constexpr int lanes = kLanes<T>;
-  const int64_t size = z.out_capsules * z.out_dim * lanes, matrix = z.in_dim * z.out_dim;
+  const int64_t row = z.out_capsules * lanes, size = row * z.out_dim, matrix = z.in_dim * z.out_dim;
   for (int64_t j = 0; j < z.out_capsules; ++j) {
-    prefetch(next, j * matrix, matrix);
-    Vec<T> dots[tiles][4] = {};
-    for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
-      constexpr int n = decltype(block)::size;
-      Vec<T> sums[tiles * n] = {};
-      add_votes<n, tiles>(u, u_step, matrices + j * matrix + e0, z.in_dim, z.out_dim, sums);
+    for (int64_t m = 0; m < count; ++m) {
+      prefetch(weights.ahead(i + count + m), j * matrix, matrix);
+      const T *um = u + m * z.in_dim * lanes, *matrices = weights(i + m) + j * matrix;
+      T* out = votes + m * tiles * size;
+      Vec<T> dots[tiles][4] = {};
+      for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+        constexpr int n = decltype(block)::size;
+        Vec<T> sums[tiles * n] = {};
+        add_votes<n, tiles>(um, u_step, matrices + e0, z.in_dim, z.out_dim, sums);
+#pragma GCC unroll 4
+        for (int k = 0; k < tiles; ++k) {
+          const int64_t at = k * size + (j * z.out_dim + e0) * lanes;
+#pragma GCC unroll 16
+          for (int e = 0; e < n; ++e) {
+            store(out + at + e * lanes, sums[k * n + e]);
+            dots[k][e & 1] += sums[k * n + e] * load<Vec<T>>(V + at + e * lanes);
+            if constexpr (backward) dots[k][2 + (e & 1)] += sums[k * n + e] * load<Vec<T>>(g + at + e * lanes);
+          }
+        }
+      });
 #pragma GCC unroll 4
       for (int k = 0; k < tiles; ++k) {
-        const int64_t at = k * size + (j * z.out_dim + e0) * lanes;
-#pragma GCC unroll 16
-        for (int e = 0; e < n; ++e) {
-          store(votes + at + e * lanes, sums[k * n + e]);
-          dots[k][e & 1] += sums[k * n + e] * load<Vec<T>>(V + at + e * lanes);
-          if constexpr (backward) dots[k][2 + (e & 1)] += sums[k * n + e] * load<Vec<T>>(g + at + e * lanes);
-        }
+        store(with_V + k * dots_step + m * row + j * lanes, dots[k][0] + dots[k][1]);
+        if constexpr (backward) store(with_g + k * dots_step + m * row + j * lanes, dots[k][2] + dots[k][3]);
       }
-    });
-#pragma GCC unroll 4
-    for (int k = 0; k < tiles; ++k) {
-      store(with_V + k * dots_step + j * lanes, dots[k][0] + dots[k][1]);
-      if constexpr (backward) store(with_g + k * dots_step + j * lanes, dots[k][2] + dots[k][3]);
     }
   }
 }
 
-// The same dot products of û that was made before, [tiles][J·E].
-template <int tiles, typename T>
-void dots_of_votes(const T* votes, Sizes z, const T* V, const T* g, T* with_V, T* with_g, int64_t dots_step) {
-  constexpr int lanes = kLanes<T>;
-  const int64_t J = z.out_capsules, length = z.out_dim * lanes;
-  for (int k = 0; k < tiles; ++k) {
-    for (int64_t j = 0; j < J; ++j) {
-      Vec<T> dots[4] = {};
-      const int64_t begin = (k * J + j) * length, end = begin + length;
-      int64_t at = begin;
-      for (; at + lanes < end; at += 2 * lanes) {
-#pragma GCC unroll 2
-        for (int n = 0; n < 2; ++n) {
-          const auto x = load<Vec<T>>(votes + at + n * lanes);
-          dots[n] += x * load<Vec<T>>(V + at + n * lanes);
-          dots[2 + n] += x * load<Vec<T>>(g + at + n * lanes);
-        }
-      }
-      if (at < end) {
-        dots[0] += load<Vec<T>>(votes + at) * load<Vec<T>>(V + at);
-        dots[2] += load<Vec<T>>(votes + at) * load<Vec<T>>(g + at);
-      }
-      store(with_V + k * dots_step + j * lanes, dots[0] + dots[1]);
-      store(with_g + k * dots_step + j * lanes, dots[2] + dots[3]);
-    }
-  }
-}
-
-// sums [J·E] += factor [J] · votes [J·E]
-template <typename T>
-CAPS_INLINE void add_weighted(const T* votes, const T* factors, Sizes z, T* sums) {
-  constexpr int lanes = kLanes<T>;
+// The same dot products for `rounds` iterations at once, from û that never leaves the registers. V, g, with_V, with_g: one
+// of each iteration.
+template <int rounds, int tiles, typename T>
+void dots_of_rounds(const T* u, int64_t u_step, const Weights<T>& weights, int64_t i, int64_t count, Sizes z,
+                    const T* const* V, const T* const* g, T* const* with_V, T* const* with_g, int64_t dots_step) {
+  constexpr int lanes = kLanes<T>, ways = kVotes / 8;
+  const int64_t row = z.out_capsules * lanes, size = row * z.out_dim, matrix = z.in_dim * z.out_dim;
   for (int64_t j = 0; j < z.out_capsules; ++j) {
-    const auto factor = load<Vec<T>>(factors + j * lanes);
+    for (int64_t m = 0; m < count; ++m) {
+      prefetch(weights.ahead(i + count + m), j * matrix, matrix);
+      const T *um = u + m * z.in_dim * lanes, *matrices = weights(i + m) + j * matrix;
+      Vec<T> dots[rounds][tiles][2][ways] = {};
+      for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+        constexpr int n = decltype(block)::size;
+        Vec<T> sums[tiles * n] = {};
+        add_votes<n, tiles>(um, u_step, matrices + e0, z.in_dim, z.out_dim, sums);
+#pragma GCC unroll 2
+        for (int t = 0; t < rounds; ++t) {
+#pragma GCC unroll 4
+          for (int k = 0; k < tiles; ++k) {
+            const T *Vt = V[t] + k * size + (j * z.out_dim + e0) * lanes, *gt = g[t] + (Vt - V[t]);
+#pragma GCC unroll 16
+            for (int e = 0; e < n; ++e) {
+              dots[t][k][0][e % ways] += sums[k * n + e] * load<Vec<T>>(Vt + e * lanes);
+              dots[t][k][1][e % ways] += sums[k * n + e] * load<Vec<T>>(gt + e * lanes);
+            }
+          }
+        }
+      });
+      for (int t = 0; t < rounds; ++t) {
+#pragma GCC unroll 4
+        for (int k = 0; k < tiles; ++k) {
+          const int64_t at = k * dots_step + m * row + j * lanes;
+          store(with_V[t] + at, dots[t][k][0][0] + (ways > 1 ? dots[t][k][0][ways - 1] : Vec<T>{}));
+          store(with_g[t] + at, dots[t][k][1][0] + (ways > 1 ? dots[t][k][1][ways - 1] : Vec<T>{}));
+        }
+      }
+    }
+  }
+}
+
+// sums [J·E] += Σ_k factors_k [J] · votes_k [J·E] over n lower capsules, whose votes lie `step` numbers apart.
+template <int n, typename T>
+CAPS_INLINE void add_weighted(const T* votes, int64_t step, const T* factors, Sizes z, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t row = z.out_capsules * lanes;
+  for (int64_t j = 0; j < z.out_capsules; ++j) {
+    Vec<T> factor[n];
+#pragma GCC unroll 4
+    for (int k = 0; k < n; ++k) factor[k] = load<Vec<T>>(factors + k * row + j * lanes);
     for (int64_t at = j * z.out_dim * lanes; at < (j + 1) * z.out_dim * lanes; at += lanes) {
-      store(sums + at, load<Vec<T>>(sums + at) + factor * load<Vec<T>>(votes + at));
+      Vec<T> sum = load<Vec<T>>(sums + at);
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k) sum += factor[k] * load<Vec<T>>(votes + k * step + at);
+      store(sums + at, sum);
     }
   }
 }
@@ -151,23 +180,28 @@ CAPS_INLINE void add_weighted(const T* votes, const T* factors, Sizes z, T* sums
 //   forward:  sums += Σ_i c_i û_i                            (s)
 //   backward: gb_i = c_i (gc_i - Σ_j c_i gc_i), gc_i = g · û_i, and sums += Σ_i gb_i û_i   (gV), unless `sums` is null
 // u: of capsule `first`. V, g, sums: [tiles][J·E]. c, gb: [last - first][J] of each tile c_step apart, or where not
-// `keep` [J], that each lower capsule writes over. votes: room for [tiles][J·E].
+// `keep` [kRouted][J], that each group of capsules writes over. votes: room for [kRouted][tiles][J·E].
 template <bool backward, int tiles, typename T>
 void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last, const T* V,
            const T* g, T* sums, T* votes, bool keep, T* c, T* gb, int64_t c_step) {
   constexpr int lanes = kLanes<T>;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim;
-  for (int64_t i = first; i < last; ++i) {
-    votes_and_dots<backward, tiles>(u + (i - first) * z.in_dim * lanes, u_step, weights(i), weights.ahead(i + 1), z, V,
-                                    g, votes, c, gb, c_step);
+  for (int64_t i = first; i < last; i += kRouted) {
+    const int64_t count = min_of(last - i, kRouted);
+    votes_and_dots<backward, tiles>(u + (i - first) * z.in_dim * lanes, u_step, weights, i, count, z, V, g, votes, c,
+                                    gb, c_step);
 #pragma GCC unroll 4
     for (int k = 0; k < tiles; ++k) {
       T *ck = c + k * c_step, *gk = backward ? gb + k * c_step : nullptr;
-      softmax(ck, z.out_capsules, z.leaky);
-      if constexpr (backward) softmax_backward(ck, gk, z.out_capsules);
-      if (sums) add_weighted(votes + k * size, backward ? gk : ck, z, sums + k * size);
+      softmax(ck, z.out_capsules, z.leaky, count);
+      if constexpr (backward) softmax_backward(ck, gk, z.out_capsules, count);
+      if (!sums) continue;
+      for_blocks<kRouted>(count, [&](auto block, int64_t m) __attribute__((always_inline)) {
+        add_weighted<decltype(block)::size>(votes + (m * tiles + k) * size, tiles * size,
+                                            (backward ? gk : ck) + m * row, z, sums + k * size);
+      });
     }
-    if (keep) c += row, gb += backward ? row : 0;
+    if (keep) c += count * row, gb += backward ? count * row : 0;
   }
 }
 
@@ -203,31 +237,6 @@ CAPS_INLINE void add_input_gradient(const T* grad_votes, int64_t g_step, const T
   });
 }
 
-// Of two vectors a and b, the runs of `run` lanes with number 2m + half, those of a at places 2m, those of b at 2m + 1.
-template <int run, int half, typename V, int... lane>
-CAPS_INLINE V alternate(V a, V b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(
-      a, b, (lane / (2 * run) * (2 * run) + half * run + lane % run + lane / run % 2 * kLanesOf<V>)...);
-}
-
-// A vector whose lane k is the sum over the lanes of vectors[k], pairwise.
-template <int run = 1, typename V>
-CAPS_INLINE V lane_sums(const V* vectors) {
-  constexpr int lanes = kLanesOf<V>;
-  if constexpr (run == lanes) {
-    return vectors[0];
-  } else {
-    constexpr auto sequence = std::make_integer_sequence<int, lanes>();
-    V halves[lanes / run / 2];
-#pragma GCC unroll 16
-    for (int k = 0; k < lanes / run / 2; ++k) {
-      halves[k] = alternate<run, 0>(vectors[2 * k], vectors[2 * k + 1], sequence) +
-                  alternate<run, 1>(vectors[2 * k], vectors[2 * k + 1], sequence);
-    }
-    return lane_sums<run * 2>(halves);
-  }
-}
-
 // How grad_W is written: as it is, to what is there already, or past the caches (see `stream`).
 enum class Write { set, add, stream };
 
@@ -246,6 +255,11 @@ CAPS_INLINE void write(Element<V>* to, V value, int64_t count, Write how) {
   }
 }
 
+template <int which, typename T, int... lane>
+CAPS_INLINE Vec<T, kLanes<T> / 2> half_of(Vec<T> x, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(x, x, (which * kLanes<T> / 2 + lane)...);
+}
+
 // grad_W [D][E] = Σ over tiles and lanes of u_d gû_e for one parent; tiles are u_step and g_step numbers apart. As many
 // products as a vector has lanes are summed over the tiles, and then over the lanes all at once.
 template <typename T>
@@ -253,24 +267,30 @@ void weight_gradient_of_many(const T* u, int64_t u_step, const T* grad_votes, in
                              int64_t E, T* grad_weight, Write how) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  for_blocks<lanes>(E, [&](auto columns, int64_t e0) __attribute__((always_inline)) {
+  // Two rows at a time halve the loads, which bound the products of one.
+  for_blocks<lanes / 2>(E, [&](auto columns, int64_t e0) __attribute__((always_inline)) {
     constexpr int ne = decltype(columns)::size, nd = lanes / ne;  // ne columns of nd rows
     for (int64_t d0 = 0; d0 < D; d0 += nd) {
       V sums[lanes] = {};
-      const int64_t rows = nd == 1 ? 1 : min_of(D - d0, nd);
+      const int64_t rows = min_of(D - d0, nd);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const T *x = u + tile * u_step + d0 * lanes, *y = grad_votes + tile * g_step + e0 * lanes;
+        V row[ne];
+#pragma GCC unroll 16
+        for (int e = 0; e < ne; ++e) row[e] = load<V>(y + e * lanes);
 #pragma GCC unroll 16
         for (int d = 0; d < nd; ++d) {
           const V ud = d < rows ? load<V>(x + d * lanes) : V{};
 #pragma GCC unroll 16
-          for (int e = 0; e < ne; ++e) sums[d * ne + e] += ud * load<V>(y + e * lanes);
+          for (int e = 0; e < ne; ++e) sums[d * ne + e] += ud * row[e];
         }
       }
-      const V total = lane_sums(sums);
+      const V total = sums_of_rows<V>([&](int64_t k) __attribute__((always_inline)) { return sums[k]; });
       T* out = grad_weight + d0 * E + e0;
-      if constexpr (nd == 1) {
-        write(out, total, lanes, how);
+      if constexpr (ne == lanes / 2) {
+        constexpr auto sequence = std::make_integer_sequence<int, ne>();
+        write(out, half_of<0, T>(total, sequence), ne, how);
+        if (rows > 1) write(out + E, half_of<1, T>(total, sequence), ne, how);
       } else {
         for (int k = 0; k < rows * ne; ++k) {
           T& number = out[k / ne * E + k % ne];
@@ -281,10 +301,11 @@ void weight_gradient_of_many(const T* u, int64_t u_step, const T* grad_votes, in
   });
 }
 
-// The same for a tile or two: gû is transposed, so that the lanes lie along E and nothing is summed across them.
+// The same for a tile or two: gû is transposed, so that the lanes lie along E and nothing is summed across them. room:
+// [D][E], for the sums of the first of two tiles; what was written past the caches must not be read again.
 template <typename T>
 void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int64_t g_step, int64_t tiles, int64_t D,
-                            int64_t E, T* grad_weight, Write how) {
+                            int64_t E, T* grad_weight, Write how, T* room) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -305,7 +326,12 @@ void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int
           for (int d = 0; d < n; ++d) sums[d] += square[b] * x[d * lanes + b];
         }
 #pragma GCC unroll 8
-        for (int d = 0; d < n; ++d) write(grad_weight + (d0 + d) * E + e0, sums[d], count, tile > 0 ? Write::add : how);
+        for (int d = 0; d < n; ++d) {
+          const int64_t at = (d0 + d) * E + e0;
+          if (tile > 0) sums[d] += load_some<V>(room + at, count);
+          if (tile + 1 < tiles) store_some(room + at, sums[d], count);
+          else write(grad_weight + at, sums[d], count, how);
+        }
       });
     }
   }
