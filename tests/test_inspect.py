@@ -62,7 +62,7 @@ def test_the_table_has_a_header_and_a_line_a_row() -> None:
 
 @compiles
 @pytest.mark.parametrize("target", ["sm_90"])
-@pytest.mark.parametrize("op", ["squash", "predict_votes"])
+@pytest.mark.parametrize("op", ["squash", "predict_votes", "dynamic_routing"])
 def test_kernels_compile_within_their_budgets(op: str, target: str) -> None:
     from caps_kernels.inspect import ahead
 

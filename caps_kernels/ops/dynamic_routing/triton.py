@@ -65,11 +65,11 @@ class Tiling:
 
 def tiling(batch: int, in_capsules: int, votes: int) -> Tiling:
     """For samples of I lower capsules, each with so many votes once these are padded."""
-    rows = max(1, min(TILE // votes, padded(in_capsules)))
+    rows = max(1, min(TILE // votes, 8, padded(in_capsules)))
     enough = min(triton.cdiv(PROGRAMS, max(batch, 1)), isqrt(in_capsules))
     wanted = max(1, enough, triton.cdiv(in_capsules, LONGEST_CHUNK))
     length = triton.cdiv(triton.cdiv(in_capsules, wanted), rows) * rows
-    return Tiling(rows, length, triton.cdiv(in_capsules, length), max(4, min(16, votes * rows // 512)))
+    return Tiling(rows, length, triton.cdiv(in_capsules, length), max(4, min(8, votes * rows // 512)))
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def backward_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype) -> T
     if rows <= 16:
         return Tiles(16, min(padded(columns, 16), 64), depth)
     if dtype == torch.float32:  # Multiplied without matrix units, from registers, of which fewer warps would spill.
-        return Tiles(min(padded(rows), 64), min(padded(columns, 16), 32 if depth == 16 else 16), depth, warps=8)
+        return Tiles(min(padded(rows), 64), 16, depth, warps=8)
     return Tiles(min(padded(rows), 128), min(padded(columns, 16), 32), depth)
 
 
