@@ -75,6 +75,7 @@ def _prepare(
 backends.register_op("dense_capsules", _prepare)
 backends.register("dense_capsules", "reference", _REFERENCE)
 backends.register("dense_capsules", "cpp", cpp.IMPLEMENTATION)
+backends.register("dense_capsules", "triton", backends.Lazy("caps_kernels.ops.dense_capsules.triton"))
 backends.register("dense_capsules", "cuda", cuda.IMPLEMENTATION)
 
 

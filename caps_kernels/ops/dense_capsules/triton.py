@@ -1,0 +1,386 @@
+"""dense_capsules on backend "triton": tiles, launches and counts. triton_kernels.py has the kernels, README.md why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from caps_kernels._triton import (
+    Count,
+    Sample,
+    accumulator,
+    architecture,
+    dot_precision,
+    launch,
+    operand,
+    padded,
+    strides,
+)
+from caps_kernels.backends import Implementation
+from caps_kernels.ops.dense_capsules import triton_kernels as kernels
+from caps_kernels.ops.precision import accumulation_dtype
+
+WIDEST = 8192
+"""Columns J·E, both padded to powers of two, that a program can hold for one sample."""
+FORWARD, BACKWARD, CONTRACTION = 8192, 8192, 4096
+"""Elements of û in a tile of a pass and of the last backward pass. Forward holds û, V and s of each, 32 for a thread of
+8 warps; backward holds g as well, 16 for a thread of 16 warps; the last pass holds û, V and g, 32 for one of 4.
+"""
+DEEP, NARROW = 16384, 256
+"""float32 with up to NARROW columns takes tiles twice as large forward, which halves what is read of W."""
+PROGRAMS = 108
+"""So many programs of a pass give each multiprocessor of an A100 one; more parts would be more bytes than they save."""
+MOST_PROGRAMS, LONG = 512, 64
+"""Up to so many programs where each still has LONG lower capsules."""
+SHORTEST, LONGEST = 8, 4096
+"""Lower capsules of a chunk: fewer are not worth a part of s, more would cost accuracy."""
+SEGMENT = 128
+"""Samples whose coefficients a program of the last backward pass keeps."""
+STACKED = 16
+"""Dimensions of lower capsules, of one after the other, that a product of the first iteration takes at once."""
+COLUMNS = 64
+"""Columns of û whose gradient is formed at a time."""
+
+SAMPLES = (
+    Sample("28x28, 10 classes", {"u": (128, 1152, 8), "weight": (1152, 10, 8, 16)}),
+    Sample("one sample", {"u": (1, 1152, 8), "weight": (1152, 10, 8, 16)}),
+    Sample("shared", {"u": (64, 1152, 8), "weight": (32, 20, 8, 16), "bias": (20, 16)}, {"positions": 36}),
+    Sample("32 classes of 16 dimensions", {"u": (64, 288, 16), "weight": (288, 32, 16, 16)}, {"leaky": True}),
+    Sample("59 classes", {"u": (16, 1152, 8), "weight": (1152, 59, 8, 16)}),
+    Sample("200 classes", {"u": (16, 288, 8), "weight": (288, 200, 8, 16)}),
+    Sample("last", {"u": (64, 288, 8), "weight": (288, 10, 8, 16)}, {"routing_grad": "last"}),
+    Sample("odd", {"u": (33, 100, 7), "weight": (100, 5, 7, 11), "bias": (5, 11)}),
+)
+COUNTED = (
+    Sample("full", {"u": (3, 20, 5), "weight": (20, 3, 5, 6), "bias": (3, 6)}),
+    Sample("shared", {"u": (3, 20, 5), "weight": (4, 3, 5, 6)}, {"positions": 5, "iterations": 4}),
+    Sample("several tiles", {"u": (70, 9, 3), "weight": (9, 18, 3, 16)}, {"return_coupling": True}),
+    Sample("last", {"u": (3, 20, 5), "weight": (20, 3, 5, 6), "bias": (3, 6)}, {"routing_grad": "last"}),
+    Sample("one iteration", {"u": (3, 20, 5), "weight": (20, 3, 5, 6)}, {"iterations": 1}),
+)
+"""For which the formulas of `counts` are compared with a run in the interpreter."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a pass over the votes is divided: tiles of samples by chunks of lower capsules."""
+
+    samples: int
+    tiles: int
+    length: int
+    chunks: int
+    group: int
+    """Parts that are added up at once; then the sums of groups are."""
+    warps: int
+
+    @property
+    def counters(self) -> int:
+        """How many arrivals are counted."""
+        return self.tiles * (triton.cdiv(self.chunks, self.group) + 1)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """How the last pass of backward is divided: programs take units of a matrix and a span of its positions."""
+
+    programs: int
+    spans: int
+    span: int
+    segment: int
+    rows: int
+    """Samples at a time."""
+    parents: int
+    elements: int
+    dims: int
+    in_parts: bool
+    """Whether grad_weight is summed from parts afterwards."""
+
+
+def columns(weight: Tensor) -> int:
+    """Columns of û once J and E are padded."""
+    return padded(weight.shape[1]) * padded(weight.shape[3])
+
+
+def forward_pass(u: Tensor, weight: Tensor) -> Pass:
+    """The division of a pass of the forward."""
+    deep = u.dtype == torch.float32 and columns(weight) <= NARROW
+    return _divide(u, weight, DEEP if deep else FORWARD, warps=8)
+
+
+def backward_pass(u: Tensor, weight: Tensor) -> Pass:
+    """The division of a pass of the backward."""
+    return _divide(u, weight, BACKWARD, warps=16)
+
+
+def _divide(u: Tensor, weight: Tensor, elements: int, warps: int) -> Pass:
+    """Tiles of up to so many elements, and chunks; by shapes and dtype alone."""
+    batch, in_capsules, _ = u.shape
+    exact = u.dtype == torch.float64
+    most = max(1, min(elements // (2 if exact else 1) // columns(weight), 64))
+    samples = min(most, padded(max(batch, 1), 1 if exact else 8))
+    tiles = triton.cdiv(batch, samples)
+    few, many = triton.cdiv(PROGRAMS, max(tiles, 1)), triton.cdiv(MOST_PROGRAMS, max(tiles, 1))
+    wanted = max(min(many, max(few, in_capsules // LONG)), triton.cdiv(in_capsules, LONGEST))
+    length = max(triton.cdiv(in_capsules, wanted), min(SHORTEST, in_capsules))
+    chunks = triton.cdiv(in_capsules, length)
+    group = isqrt(chunks - 1) + 1 if chunks > 1 else 1
+    # A tile of few columns has few warps, so that a thread has as many elements as in a full one.
+    return Pass(samples, tiles, length, chunks, group, max(4, warps * samples * columns(weight) // elements))
+
+
+def contraction(u: Tensor, weight: Tensor) -> Contraction:
+    """The division of the last pass of backward."""
+    batch, in_capsules, in_dim = u.shape
+    types, out_capsules, _, out_dim = weight.shape
+    positions, exact = in_capsules // types, u.dtype == torch.float64
+    spans = min(positions, triton.cdiv(MOST_PROGRAMS, types))
+    span = triton.cdiv(positions, spans)
+    spans = triton.cdiv(positions, span)
+    elements = min(padded(out_dim), 32 if exact else COLUMNS)
+    return Contraction(
+        programs=min(types * spans, MOST_PROGRAMS),
+        spans=spans,
+        span=span,
+        segment=min(SEGMENT, max(batch, 1)),
+        rows=min(4, padded(max(batch, 1))) if exact else 16,
+        parents=min(padded(out_capsules), (32 if exact else COLUMNS) // elements),
+        elements=elements,
+        dims=min(padded(in_dim), 4) if exact else 16,
+        in_parts=positions > 1 or batch > SEGMENT,
+    )
+
+
+def forward(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: int,
+    iterations: int,
+    leaky: bool,
+    routing_grad: str,
+    return_coupling: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v [B, J, E], s [R, B, J, E] and coupling [B, I, J], or [B, 0, J] where it is not asked for."""
+    batch, in_capsules, _ = u.shape
+    _, out_capsules, _, out_dim = weight.shape
+    plan = forward_pass(u, weight)
+    size, wanted = (batch, out_capsules, out_dim), accumulation_dtype(u.dtype)
+    s, v = u.new_empty((iterations, *size), dtype=wanted), u.new_empty(size)
+    coupling = u.new_empty((batch, in_capsules if return_coupling else 0, out_capsules))
+    parts = u.new_empty((plan.chunks, *size), dtype=wanted)
+    total_v = u.new_empty((max(iterations - 1, 1), *size), dtype=wanted)
+    arrivals = torch.zeros((iterations, plan.counters), dtype=torch.int32, device=u.device)
+    given = u if bias is None else bias.contiguous()
+    constants = _constants(u, weight, positions, plan)
+    for t in range(iterations):
+        last = t == iterations - 1
+        tensors = (u, weight, given, parts, arrivals[t], total_v, s, v, coupling)
+        numbers = (batch, in_capsules, plan.chunks, plan.group, plan.length)
+        launch(
+            kernels.begin if t == 0 else kernels.iterate,
+            plan.tiles * plan.chunks,
+            *tensors,
+            *(() if t == 0 else (t,)),
+            *numbers,
+            **{**constants, **({"DEPTH": STACKED} if t == 0 and constants["DEPTH"] else {})},
+            BIAS=bias is not None,
+            LEAKY=leaky,
+            COUPLING=return_coupling and last,
+            LAST=last,
+            warps=plan.warps,
+        )
+    return v, s, coupling
+
+
+def backward(
+    grad_v: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    positions: int,
+    iterations: int,
+    leaky: bool,
+    routing_grad: str,
+    return_coupling: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_u [B, I, D], grad_weight [T, J, D, E] and grad_bias [J, E] (empty where there is no bias)."""
+    grad_bias = u.new_empty(0 if bias is None else bias.shape)
+    grad_u, grad_weight = u.new_empty(u.shape), weight.new_empty(weight.shape)
+    if u.shape[0] == 0:
+        return grad_u, grad_weight.zero_(), grad_bias.zero_()
+    s = s.contiguous()
+    total_v, g, arrivals = _begin_backward(grad_v, u, weight, s)
+    if routing_grad == "full":
+        _passes_backward(u, weight, s, total_v, g, arrivals, positions, leaky)
+    constant = routing_grad == "last" and iterations > 1
+    parts = _contract(u, weight, total_v, g, grad_u, grad_weight, positions, leaky, constant)
+    _finish_backward(parts, grad_weight, g if routing_grad == "full" else g[-1:], grad_bias)
+    return grad_u, grad_weight, grad_bias
+
+
+def _begin_backward(grad_v: Tensor, u: Tensor, weight: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """V before every iteration and g of the last [R, B, J, E], and counters that are zero."""
+    iterations, batch, out_capsules, out_dim = s.shape
+    total_v, g = s.new_empty(s.shape), s.new_empty(s.shape)
+    counters = backward_pass(u, weight).counters
+    arrivals = torch.empty((iterations, counters), dtype=torch.int32, device=u.device)
+    rows = max(1, 2048 // padded(out_dim))
+    launch(
+        kernels.begin_backward,
+        triton.cdiv(batch * out_capsules, rows),
+        *(grad_v, s, total_v, g, arrivals, batch * out_capsules, iterations, arrivals.numel()),
+        J=out_capsules,
+        E=out_dim,
+        **dict(zip(("G0", "G1", "G2"), strides(grad_v, range(3)), strict=True)),
+        ROWS=rows,
+        EP=padded(out_dim),
+        TYPE=accumulator(u.dtype),
+    )
+    return total_v, g, arrivals
+
+
+def _passes_backward(
+    u: Tensor, weight: Tensor, s: Tensor, total_v: Tensor, g: Tensor, arrivals: Tensor, positions: int, leaky: bool
+) -> None:
+    """Fill g for every iteration from the last one's."""
+    plan = backward_pass(u, weight)
+    parts, grad_total = s.new_empty((plan.chunks, *s.shape[1:])), s.new_empty(s.shape[1:])
+    for t in reversed(range(1, s.shape[0])):
+        launch(
+            kernels.iterate_backward,
+            plan.tiles * plan.chunks,
+            *(u, weight, s, total_v, g, grad_total, parts, arrivals[t], t, s.shape[0]),
+            *(u.shape[0], u.shape[1], plan.chunks, plan.group, plan.length),
+            **_constants(u, weight, positions, plan),
+            LEAKY=leaky,
+            warps=plan.warps,
+        )
+
+
+def _contract(
+    u: Tensor,
+    weight: Tensor,
+    total_v: Tensor,
+    g: Tensor,
+    grad_u: Tensor,
+    grad_weight: Tensor,
+    positions: int,
+    leaky: bool,
+    constant: bool,
+) -> Tensor | None:
+    """Fill grad_u, and grad_weight or its parts [spans, T, J, D, E], which are returned."""
+    iterations, batch, out_capsules, _ = g.shape
+    plan, how = _divide(u, weight, CONTRACTION, warps=4), contraction(u, weight)
+    kept = g.new_empty((how.programs, 2 * max(iterations - 1, 0), how.segment, out_capsules))
+    blocks = triton.cdiv(out_capsules, how.parents) * triton.cdiv(weight.shape[3], how.elements)
+    partial_u = g.new_empty((how.programs if blocks > 1 else 0, how.segment, u.shape[2]))
+    parts = g.new_empty((how.spans, *weight.shape)) if how.in_parts else None
+    launch(
+        kernels.contract,
+        how.programs,
+        *(u, weight, total_v, g, kept, grad_u, partial_u, grad_weight if parts is None else parts),
+        *(iterations, batch, weight.shape[0], how.spans, how.span),
+        **_constants(u, weight, positions, plan),
+        SEGMENT=how.segment,
+        ROWS=how.rows,
+        PARENTS=how.parents,
+        ELEMENTS=how.elements,
+        DIMS=how.dims,
+        LEAKY=leaky,
+        CONSTANT=constant,
+        GRAD_PRECISION=_grad_precision(u),
+        warps=plan.warps,
+    )
+    return parts
+
+
+def _finish_backward(parts: Tensor | None, grad_weight: Tensor, g: Tensor, grad_bias: Tensor) -> None:
+    """Sums over parts and over samples that are left, in one launch."""
+    width, together = 64, 32
+    programs = 0 if parts is None else triton.cdiv(grad_weight.numel(), width)
+    launch(
+        kernels.finish_backward,
+        programs + triton.cdiv(grad_bias.numel(), width),
+        *(g if parts is None else parts, grad_weight, 0 if parts is None else parts.shape[0], grad_weight.numel()),
+        *(programs, g, grad_bias, g.shape[0] * g.shape[1], grad_bias.numel()),
+        PARTS=together,
+        WIDTH=width,
+        TYPE=accumulator(grad_weight.dtype),
+    )
+
+
+def _depth(u: Tensor, samples: int) -> int:
+    """Dimensions of a product at a time; 0 where û is made without matrix units."""
+    if u.dtype == torch.float64 or samples < 8:
+        return 0
+    return min(padded(u.shape[2], 16 if u.element_size() == 2 else 8), 16)
+
+
+def _far(u: Tensor, weight: Tensor) -> bool:
+    """Whether elements of a tile lie 2³¹ elements apart."""
+    near = 2**31 - 1
+    of_u = 64 * abs(u.stride(0)) + STACKED * abs(u.stride(1)) + u.shape[2] * abs(u.stride(2))
+    matrix = sum(weight.shape[n] * abs(weight.stride(n)) for n in (1, 2, 3))
+    return of_u > near or STACKED * abs(weight.stride(0)) + matrix > near
+
+
+def _constants(u: Tensor, weight: Tensor, positions: int, plan: Pass) -> dict[str, Any]:
+    """The compile-time arguments of every kernel that makes û."""
+    _, out_capsules, in_dim, out_dim = weight.shape
+    return {
+        "J": out_capsules,
+        "D": in_dim,
+        "E": out_dim,
+        "P": positions,
+        **dict(zip(("U0", "U1", "U2"), strides(u, range(3)), strict=True)),
+        **dict(zip(("W0", "W1", "W2", "W3"), strides(weight, range(4)), strict=True)),
+        "SAMPLES": plan.samples,
+        "JP": padded(out_capsules),
+        "EP": padded(out_dim),
+        "DEPTH": _depth(u, plan.samples),
+        "FAR": _far(u, weight),
+        "TYPE": accumulator(u.dtype),
+        "OPERAND": operand(u.dtype),
+        "PRECISION": _precision(u),
+    }
+
+
+def _precision(u: Tensor) -> str:
+    """How products of float32 are made: as `dot_precision` says, where its "ieee" is three products of TF32 on NVIDIA's
+    matrix units, whose error is that of float32.
+    """
+    allowed = dot_precision(u)
+    return "tf32x3" if allowed == "ieee" and architecture(u).startswith("sm_") else allowed
+
+
+def _grad_precision(u: Tensor) -> str:
+    """Of products with gû, which is float32: TF32 suffices for gradients that are rounded to 16 bits."""
+    return "tf32" if u.element_size() == 2 and architecture(u).startswith("sm_") else _precision(u)
+
+
+def why_not(u: Tensor, weight: Tensor, *_: Any) -> str | None:
+    """Too many columns for a program."""
+    if columns(weight) <= WIDEST:
+        return None
+    return (
+        f"J = {weight.shape[1]} and E = {weight.shape[3]}, padded to powers of two, make {columns(weight):,} columns "
+        f"of votes; one sample's must fit in the registers of a program, which hold {WIDEST:,}"
+    )
+
+
+def regime(u: Tensor, weight: Tensor, *_: Any) -> str:
+    """How a call is divided; it depends on shapes and dtype alone."""
+    ahead, back = forward_pass(u, weight), backward_pass(u, weight)
+    return (
+        f"forward {ahead.tiles} x {ahead.samples} samples, {ahead.chunks} chunks; "
+        f"backward {back.tiles} x {back.samples} samples, {back.chunks} chunks"
+    )
+
+
+IMPLEMENTATION = Implementation(forward, backward, why_not=why_not, regime=regime)
