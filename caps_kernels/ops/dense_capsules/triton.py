@@ -1,9 +1,9 @@
-"""dense_capsules on backend "triton": tiles, launches and counts. triton_kernels.py has the kernels, README.md why."""
+"""dense_capsules on backend "triton": its launches. triton_plan.py has tiles and counts,
+triton_kernels.py the passes, triton_contract.py the last one of backward; README.md says why.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 from caps_kernels._triton import (
-    Count,
     Sample,
     accumulator,
     architecture,
@@ -22,38 +21,27 @@ from caps_kernels._triton import (
     strides,
 )
 from caps_kernels.backends import Implementation
+from caps_kernels.ops.dense_capsules import triton_contract as last
 from caps_kernels.ops.dense_capsules import triton_kernels as kernels
+from caps_kernels.ops.dense_capsules.triton_plan import (
+    CONTRACTION,
+    STACKED,
+    WIDEST,
+    Pass,
+    backward_pass,
+    columns,
+    contraction,
+    counts,
+    divide,
+    forward_pass,
+)
 from caps_kernels.ops.precision import accumulation_dtype
-
-WIDEST = 8192
-"""Columns J·E, both padded to powers of two, that a program can hold for one sample."""
-FORWARD, BACKWARD, CONTRACTION = 8192, 8192, 4096
-"""Elements of û in a tile of a pass and of the last backward pass. Forward holds û, V and s of each, 32 for a thread of
-8 warps; backward holds g as well, 16 for a thread of 16 warps; the last pass holds û, V and g, 32 for one of 4.
-"""
-DEEP, NARROW = 16384, 256
-"""float32 with up to NARROW columns takes tiles twice as large forward, which halves what is read of W."""
-PROGRAMS = 108
-"""So many programs of a pass give each multiprocessor of an A100 one; more parts would be more bytes than they save."""
-MOST_PROGRAMS, LONG = 512, 64
-"""Up to so many programs where each still has LONG lower capsules."""
-SHORTEST, LONGEST = 8, 4096
-"""Lower capsules of a chunk: fewer are not worth a part of s, more would cost accuracy."""
-SEGMENT = 128
-"""Samples whose coefficients a program of the last backward pass keeps."""
-STACKED = 16
-"""Dimensions of lower capsules, of one after the other, that a product of the first iteration takes at once."""
-COLUMNS = 64
-"""Columns of û whose gradient is formed at a time."""
 
 SAMPLES = (
     Sample("28x28, 10 classes", {"u": (128, 1152, 8), "weight": (1152, 10, 8, 16)}),
-    Sample("one sample", {"u": (1, 1152, 8), "weight": (1152, 10, 8, 16)}),
     Sample("shared", {"u": (64, 1152, 8), "weight": (32, 20, 8, 16), "bias": (20, 16)}, {"positions": 36}),
     Sample("32 classes of 16 dimensions", {"u": (64, 288, 16), "weight": (288, 32, 16, 16)}, {"leaky": True}),
     Sample("59 classes", {"u": (16, 1152, 8), "weight": (1152, 59, 8, 16)}),
-    Sample("200 classes", {"u": (16, 288, 8), "weight": (288, 200, 8, 16)}),
-    Sample("last", {"u": (64, 288, 8), "weight": (288, 10, 8, 16)}, {"routing_grad": "last"}),
     Sample("odd", {"u": (33, 100, 7), "weight": (100, 5, 7, 11), "bias": (5, 11)}),
 )
 COUNTED = (
@@ -64,95 +52,6 @@ COUNTED = (
     Sample("one iteration", {"u": (3, 20, 5), "weight": (20, 3, 5, 6)}, {"iterations": 1}),
 )
 """For which the formulas of `counts` are compared with a run in the interpreter."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """How a pass over the votes is divided: tiles of samples by chunks of lower capsules."""
-
-    samples: int
-    tiles: int
-    length: int
-    chunks: int
-    group: int
-    """Parts that are added up at once; then the sums of groups are."""
-    warps: int
-
-    @property
-    def counters(self) -> int:
-        """How many arrivals are counted."""
-        return self.tiles * (triton.cdiv(self.chunks, self.group) + 1)
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """How the last pass of backward is divided: programs take units of a matrix and a span of its positions."""
-
-    programs: int
-    spans: int
-    span: int
-    segment: int
-    rows: int
-    """Samples at a time."""
-    parents: int
-    elements: int
-    dims: int
-    in_parts: bool
-    """Whether grad_weight is summed from parts afterwards."""
-
-
-def columns(weight: Tensor) -> int:
-    """Columns of û once J and E are padded."""
-    return padded(weight.shape[1]) * padded(weight.shape[3])
-
-
-def forward_pass(u: Tensor, weight: Tensor) -> Pass:
-    """The division of a pass of the forward."""
-    deep = u.dtype == torch.float32 and columns(weight) <= NARROW
-    return _divide(u, weight, DEEP if deep else FORWARD, warps=8)
-
-
-def backward_pass(u: Tensor, weight: Tensor) -> Pass:
-    """The division of a pass of the backward."""
-    return _divide(u, weight, BACKWARD, warps=16)
-
-
-def _divide(u: Tensor, weight: Tensor, elements: int, warps: int) -> Pass:
-    """Tiles of up to so many elements, and chunks; by shapes and dtype alone."""
-    batch, in_capsules, _ = u.shape
-    exact = u.dtype == torch.float64
-    most = max(1, min(elements // (2 if exact else 1) // columns(weight), 64))
-    samples = min(most, padded(max(batch, 1), 1 if exact else 8))
-    tiles = triton.cdiv(batch, samples)
-    few, many = triton.cdiv(PROGRAMS, max(tiles, 1)), triton.cdiv(MOST_PROGRAMS, max(tiles, 1))
-    wanted = max(min(many, max(few, in_capsules // LONG)), triton.cdiv(in_capsules, LONGEST))
-    length = max(triton.cdiv(in_capsules, wanted), min(SHORTEST, in_capsules))
-    chunks = triton.cdiv(in_capsules, length)
-    group = isqrt(chunks - 1) + 1 if chunks > 1 else 1
-    # A tile of few columns has few warps, so that a thread has as many elements as in a full one.
-    return Pass(samples, tiles, length, chunks, group, max(4, warps * samples * columns(weight) // elements))
-
-
-def contraction(u: Tensor, weight: Tensor) -> Contraction:
-    """The division of the last pass of backward."""
-    batch, in_capsules, in_dim = u.shape
-    types, out_capsules, _, out_dim = weight.shape
-    positions, exact = in_capsules // types, u.dtype == torch.float64
-    spans = min(positions, triton.cdiv(MOST_PROGRAMS, types))
-    span = triton.cdiv(positions, spans)
-    spans = triton.cdiv(positions, span)
-    elements = min(padded(out_dim), 32 if exact else COLUMNS)
-    return Contraction(
-        programs=min(types * spans, MOST_PROGRAMS),
-        spans=spans,
-        span=span,
-        segment=min(SEGMENT, max(batch, 1)),
-        rows=min(4, padded(max(batch, 1))) if exact else 16,
-        parents=min(padded(out_capsules), (32 if exact else COLUMNS) // elements),
-        elements=elements,
-        dims=min(padded(in_dim), 4) if exact else 16,
-        in_parts=positions > 1 or batch > SEGMENT,
-    )
 
 
 def forward(
@@ -178,7 +77,7 @@ def forward(
     given = u if bias is None else bias.contiguous()
     constants = _constants(u, weight, positions, plan)
     for t in range(iterations):
-        last = t == iterations - 1
+        is_last = t == iterations - 1
         tensors = (u, weight, given, parts, arrivals[t], total_v, s, v, coupling)
         numbers = (batch, in_capsules, plan.chunks, plan.group, plan.length)
         launch(
@@ -190,8 +89,8 @@ def forward(
             **{**constants, **({"DEPTH": STACKED} if t == 0 and constants["DEPTH"] else {})},
             BIAS=bias is not None,
             LEAKY=leaky,
-            COUPLING=return_coupling and last,
-            LAST=last,
+            COUPLING=return_coupling and is_last,
+            LAST=is_last,
             warps=plan.warps,
         )
     return v, s, coupling
@@ -230,7 +129,7 @@ def _begin_backward(grad_v: Tensor, u: Tensor, weight: Tensor, s: Tensor) -> tup
     total_v, g = s.new_empty(s.shape), s.new_empty(s.shape)
     counters = backward_pass(u, weight).counters
     arrivals = torch.empty((iterations, counters), dtype=torch.int32, device=u.device)
-    rows = max(1, 2048 // padded(out_dim))
+    rows = max(1, 8192 // s.element_size() // padded(out_dim))
     launch(
         kernels.begin_backward,
         triton.cdiv(batch * out_capsules, rows),
@@ -276,13 +175,13 @@ def _contract(
 ) -> Tensor | None:
     """Fill grad_u, and grad_weight or its parts [spans, T, J, D, E], which are returned."""
     iterations, batch, out_capsules, _ = g.shape
-    plan, how = _divide(u, weight, CONTRACTION, warps=4), contraction(u, weight)
+    plan, how = divide(u, weight, CONTRACTION, warps=4), contraction(u, weight)
     kept = g.new_empty((how.programs, 2 * max(iterations - 1, 0), how.segment, out_capsules))
     blocks = triton.cdiv(out_capsules, how.parents) * triton.cdiv(weight.shape[3], how.elements)
     partial_u = g.new_empty((how.programs if blocks > 1 else 0, how.segment, u.shape[2]))
     parts = g.new_empty((how.spans, *weight.shape)) if how.in_parts else None
     launch(
-        kernels.contract,
+        last.contract,
         how.programs,
         *(u, weight, total_v, g, kept, grad_u, partial_u, grad_weight if parts is None else parts),
         *(iterations, batch, weight.shape[0], how.spans, how.span),
@@ -305,7 +204,7 @@ def _finish_backward(parts: Tensor | None, grad_weight: Tensor, g: Tensor, grad_
     width, together = 64, 32
     programs = 0 if parts is None else triton.cdiv(grad_weight.numel(), width)
     launch(
-        kernels.finish_backward,
+        last.finish_backward,
         programs + triton.cdiv(grad_bias.numel(), width),
         *(g if parts is None else parts, grad_weight, 0 if parts is None else parts.shape[0], grad_weight.numel()),
         *(programs, g, grad_bias, g.shape[0] * g.shape[1], grad_bias.numel()),
@@ -382,5 +281,7 @@ def regime(u: Tensor, weight: Tensor, *_: Any) -> str:
         f"backward {back.tiles} x {back.samples} samples, {back.chunks} chunks"
     )
 
+
+__all__ = ("COUNTED", "IMPLEMENTATION", "SAMPLES", "counts")
 
 IMPLEMENTATION = Implementation(forward, backward, why_not=why_not, regime=regime)
