@@ -105,20 +105,19 @@ void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
     const int64_t c_step = args.keep ? l.I * l.row : kRouted * l.row, votes = kRouted * kRoutedTiles * l.tile_size;
-    for_chunks(l, votes + 2 * kRouted * kRoutedTiles * l.row, begin, end,
-               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile0, const Packed<T>& u,
-                   T* sums, T* memory) {
-                 for_blocks<kRoutedTiles>(decltype(pair)::size, [&](auto block, int64_t n)
-                                              __attribute__((always_inline)) {
-                   const int64_t tile = tile0 + n;
-                   T* c = args.keep ? l.c(args.t, tile, i0) : memory + votes;
-                   T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kRouted * kRoutedTiles * l.row;
-                   route<true, decltype(block)::size, T>(u.u + n * u.step, u.step, weights, l.z, i0, i1,
-                                                         l.V(args.t - 1, tile), l.g(args.t, tile),
-                                                         args.last_only ? nullptr : sums + n * l.tile_size, memory,
-                                                         args.keep, c, gb, c_step);
-                 });
-               });
+    for_chunks(
+        l, votes + 2 * kRouted * kRoutedTiles * l.row, begin, end,
+        [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile0, const Packed<T>& u, T* sums,
+            T* memory) {
+          for_blocks<kRoutedTiles>(decltype(pair)::size, [&](auto block, int64_t n) __attribute__((always_inline)) {
+            const int64_t tile = tile0 + n;
+            T* c = args.keep ? l.c(args.t, tile, i0) : memory + votes;
+            T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kRouted * kRoutedTiles * l.row;
+            route<true, decltype(block)::size, T>(u.u + n * u.step, u.step, weights, l.z, i0, i1, l.V(args.t - 1, tile),
+                                                  l.g(args.t, tile), args.last_only ? nullptr : sums + n * l.tile_size,
+                                                  memory, args.keep, c, gb, c_step);
+          });
+        });
   });
 }
 
@@ -215,15 +214,17 @@ void rows_predict_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 }
 
 void rows_route(const DenseArgs& args, int64_t begin, int64_t end) {
-  with_rows(args, [](const auto& l) { return l.row; }, [&](const auto& l, auto&, auto* memory) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task / l.B, b = task % l.B, i = chunk * args.chunk;
-      auto* sums = l.partial(chunk, b);
-      for (int64_t n = 0; n < l.size; ++n) sums[n] = 0;
-      auto* c = args.keep ? l.kept(0, b, i) : memory;
-      route_rows<false>(l.votes(b, i), blocks_of(l, chunk), l.z, l.V(0, b), memory, sums, args.keep, c, memory);
-    }
-  });
+  with_rows(
+      args, [](const auto& l) { return l.row; },
+      [&](const auto& l, auto&, auto* memory) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t chunk = task / l.B, b = task % l.B, i = chunk * args.chunk;
+          auto* sums = l.partial(chunk, b);
+          for (int64_t n = 0; n < l.size; ++n) sums[n] = 0;
+          auto* c = args.keep ? l.kept(0, b, i) : memory;
+          route_rows<false>(l.votes(b, i), blocks_of(l, chunk), l.z, l.V(0, b), memory, sums, args.keep, c, memory);
+        }
+      });
 }
 
 void rows_finish_iteration(const DenseArgs& args, int64_t begin, int64_t end) {

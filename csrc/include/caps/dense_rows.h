@@ -85,8 +85,8 @@ void predict_chunk(const Rows<T>& l, Weights<T>& weights, int64_t chunk, bool su
     prefetch_pages(weights.ahead(i + 1), l.J * l.D * l.E);
     for_blocks<4>(l.B, [&](auto block, int64_t b) __attribute__((always_inline)) {
       constexpr int n = decltype(block)::size;
-      predict_rows<n>(l.u(b, i), l.a.u_step, matrices, l.z, l.votes(b, i),
-                      l.sample, sum ? l.partial(chunk, b) : nullptr, l.size);
+      predict_rows<n>(l.u(b, i), l.a.u_step, matrices, l.z, l.votes(b, i), l.sample,
+                      sum ? l.partial(chunk, b) : nullptr, l.size);
     });
   }
   for (int64_t i = i1; i1 == l.I && i % l.lanes != 0; ++i) {

@@ -5,10 +5,11 @@
 
 namespace caps::CAPS_ISA {
 
-// x · 2^n for a whole number n, whose distance from the `rounding` added to it lies in the low bits of `shifted`. Without
-// an instruction for it, as a product of two powers so that subnormal results are met.
+// x · 2^n for a whole number n, whose distance from the `rounding` added to it lies in the low bits of `shifted`.
+// Without an instruction for it, as a product of two powers so that subnormal results are met.
 template <typename V>
-CAPS_INLINE V times_power_of_two(V x, [[maybe_unused]] V n, [[maybe_unused]] V shifted, [[maybe_unused]] Element<V> rounding) {
+CAPS_INLINE V times_power_of_two(V x, [[maybe_unused]] V n, [[maybe_unused]] V shifted,
+                                 [[maybe_unused]] Element<V> rounding) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<V, Vec<float>>) return V(_mm512_scalef_ps(__m512(x), __m512(n)));
   if constexpr (std::is_same_v<V, Vec<double>>) return V(_mm512_scalef_pd(__m512d(x), __m512d(n)));

@@ -44,8 +44,8 @@ template <int samples>
 constexpr int kDims = kVotes / 2 / samples;
 
 // û of `samples` samples for one lower capsule, parents kLanes rows apart; u and votes of a sample are u_step and
-// votes_step numbers after those of the one before. Adds the votes to `sums` [J][padded] too, sums_step apart, unless it
-// is null.
+// votes_step numbers after those of the one before. Adds the votes to `sums` [J][padded] too, sums_step apart, unless
+// it is null.
 template <int samples, typename T>
 CAPS_INLINE void predict_rows(const T* u, int64_t u_step, const T* matrices, Sizes z, T* votes, int64_t votes_step,
                               T* sums, int64_t sums_step) {

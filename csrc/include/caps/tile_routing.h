@@ -15,8 +15,9 @@ struct Sizes {
 
 constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // sums of votes held in registers at once
 constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
-// Of a routing pass: neighbouring tiles that share one read of W, and lower capsules that share one of V, g and the sums.
-// Their û should fit in the innermost cache. With 16 registers the reads of W count most, with 32 those of the sums.
+// Of a routing pass: neighbouring tiles that share one read of W, and lower capsules that share one of V, g and the
+// sums. Their û should fit in the innermost cache. With 16 registers the reads of W count most, with 32 those of the
+// sums.
 constexpr int kRoutedTiles = sizeof(Vec<float>) == 64 ? 1 : kPair;
 constexpr int kRouted = 4 / kRoutedTiles;
 
@@ -79,9 +80,9 @@ void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Size
   }
 }
 
-// û of `count` lower capsules from i on, [count][tiles][J·E], its dot products [J] with V and, in backward, with g: those
-// of a tile lie dots_step numbers after those of the one before, those of a capsule after those of its neighbour. u: of
-// capsule i.
+// û of `count` lower capsules from i on, [count][tiles][J·E], its dot products [J] with V and, in backward, with g:
+// those of a tile lie dots_step numbers after those of the one before, those of a capsule after those of its neighbour.
+// u: of capsule i.
 template <bool backward, int tiles, typename T>
 CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const Weights<T>& weights, int64_t i, int64_t count,
                                 Sizes z, const T* V, const T* g, T* votes, T* with_V, T* with_g, int64_t dots_step) {
@@ -117,8 +118,8 @@ CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const Weights<T>& we
   }
 }
 
-// The same dot products for `rounds` iterations at once, from û that never leaves the registers. V, g, with_V, with_g: one
-// of each iteration.
+// The same dot products for `rounds` iterations at once, from û that never leaves the registers. V, g, with_V, with_g:
+// one of each iteration.
 template <int rounds, int tiles, typename T>
 void dots_of_rounds(const T* u, int64_t u_step, const Weights<T>& weights, int64_t i, int64_t count, Sizes z,
                     const T* const* V, const T* const* g, T* const* with_V, T* const* with_g, int64_t dots_step) {
