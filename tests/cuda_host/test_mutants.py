@@ -93,10 +93,11 @@ def write_changed(mutant: Mutant, folder: Path) -> Path:
 def test_a_mistake_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
     if not host.can_compile():
         pytest.skip("no g++ to compile the kernels for the host")
-    variable = {host.CHANGED + mutant.op.upper(): str(write_changed(mutant, tmp_path))}
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/cuda_host/test_ops.py"]
+    source = write_changed(mutant, tmp_path)
+    host.build(source, mutant.sanitizer)
+    arguments = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "tests/cuda_host/test_ops.py"]
     arguments += ["-k", f"float32-contiguous-{mutant.op}-{mutant.case}]"]
-    done = host.run_sanitized(mutant.sanitizer, arguments, **variable)
+    done = host.run_sanitized(mutant.sanitizer, arguments, **{host.CHANGED + mutant.op.upper(): str(source)})
     said = done.stdout + done.stderr
     assert done.returncode not in (0, 5), said[-2000:]  # 5: there is no such test
     assert mutant.finding in said, said[-2000:]
