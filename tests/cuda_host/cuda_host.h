@@ -70,9 +70,12 @@ struct Settings {
 };
 inline Settings settings;
 
+// ThreadSanitizer is told of the two phases by turns: who is first to arrive at the next one must not seem to have come
+// before those who have yet to leave the last.
 struct Barrier {
   int expected = 0, arrived = 0;
   uint64_t generation = 0;
+  uint64_t phases[2] = {};
 };
 
 struct Block;
@@ -231,11 +234,14 @@ CUDA_HOST_UNSEEN inline void arrive(Barrier& barrier) {
   running->waits_at = nullptr;
 }
 
+CUDA_HOST_UNSEEN inline void* phase_of(Barrier& barrier) { return &barrier.phases[barrier.generation % 2]; }
+
 // All threads of the barrier wait for each other; what each wrote before is seen by all after.
 inline void wait(Barrier& barrier) {
-  tsan_release(&barrier);
+  void* phase = phase_of(barrier);
+  tsan_release(phase);
   arrive(barrier);
-  tsan_acquire(&barrier);
+  tsan_acquire(phase);
 }
 
 inline Warp& warp() { return current()->block->warps[current()->thread.x / 32]; }
@@ -245,20 +251,22 @@ inline void grid_barrier() {
   wait(launch->barrier);
 }
 
-// The slots of all lanes after each has put `bytes` of its own into its slot.
-inline unsigned char (*exchange(const void* value, size_t bytes))[64] {
+// Puts a value of `bytes` into this lane's slot and, after all lanes have, copies those of lanes first … first + count - 1.
+// It orders no other memory, for CUDA's exchanges do not.
+inline void exchange(const void* value, size_t bytes, int first, int count, void* values) {
+  const Unseen unseen;
   Warp& own = warp();
   auto& slots = own.slots[current()->exchanges++ % 2];
   std::memcpy(slots[current()->thread.x % 32], value, bytes);
-  wait(own.barrier);
-  return slots;
+  arrive(own.barrier);
+  for (int n = 0; n < count; ++n) std::memcpy(static_cast<char*>(values) + n * bytes, slots[first + n], bytes);
 }
 
 template <typename T>
 T shuffle(unsigned mask, T value, int lane) {
   if (mask != 0xffffffffu) fail("a shuffle of a part of a warp");
   T result;
-  std::memcpy(&result, exchange(&value, sizeof(T))[lane & 31], sizeof(T));
+  exchange(&value, sizeof(T), lane & 31, 1, &result);
   return result;
 }
 

@@ -41,8 +41,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint32_t b, const F& wi
   struct Registers {
     uint32_t a[2], b;
   } own{{a[0], a[1]}, b}, all[32];
-  const auto slots = exchange(&own, sizeof(own));
-  for (int lane = 0; lane < 32; ++lane) std::memcpy(&all[lane], slots[lane], sizeof(own));
+  exchange(&own, sizeof(own), 0, 32, all);
   const int g = int(threadIdx.x % 32) / 4, q = int(threadIdx.x % 32) % 4;
   for (int n = 0; n < 4; ++n) {
     for (int k = 0; k < 8; ++k) {
@@ -55,15 +54,14 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint32_t b, const F& wi
 inline void load_transposed(const void* row, uint32_t (&out)[2]) {
   if (threadIdx.x % 32 < 16) aligned_to_16(row);
   const void* rows[16];
-  const auto slots = exchange(&row, sizeof(row));
-  for (int lane = 0; lane < 16; ++lane) std::memcpy(&rows[lane], slots[lane], sizeof(row));
+  exchange(&row, sizeof(row), 0, 16, rows);
   const int g = int(threadIdx.x % 32) / 4, q = int(threadIdx.x % 32) % 4;
   for (int n = 0; n < 2; ++n) {
     uint16_t pair[2];
     for (int half = 0; half < 2; ++half) pair[half] = static_cast<const uint16_t*>(rows[8 * n + 2 * q + half])[g];
     out[n] = pair[0] | uint32_t(pair[1]) << 16;
   }
-  wait(warp().barrier);  // the rows may be written again after this
+  arrive(warp().barrier);  // the rows are read at once, by all lanes
 }
 
 }  // namespace cuda_host

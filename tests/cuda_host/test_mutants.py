@@ -39,9 +39,9 @@ ONE_SUM = ("sums + sharer * size + column", "sums + column")
 REST = "end - i < args.tile ? end - i"
 BATCH = "B - first < kBatch ? B - first"
 MUTANTS = (
-    Mutant(SQUASH, "one row too many", "row < rows ? E", "row <= rows ? E", "last", "address", BEYOND),
+    Mutant(SQUASH, "one row too many", "row < rows ? E", "row <= rows ? E", "row-9", "address", BEYOND),
     Mutant(SQUASH, "half the lanes in a sum", "group_sum(square, args.width)", "square", "row-16", "", WRONG),
-    Mutant(SQUASH, "a column too many", "at_once < count", "at_once <= count", "first", "address", BEYOND),
+    Mutant(SQUASH, "a column too many", "at_once < count", "at_once <= count", "middle", "address", BEYOND),
     Mutant(VOTES, "one sample too many", BATCH, f"{BATCH} + 1", "plain", "address", BEYOND),
     Mutant(VOTES, "a row left out", "row < end;", "row < end - 1;", "plain", "", WRONG),
     Mutant(
@@ -53,7 +53,7 @@ MUTANTS = (
         "",
         WRONG,
     ),
-    Mutant(VOTES, "packs that do not divide E", "view.size[dim] % n != 0 ||", "", "ones", "address", BEYOND),
+    Mutant(VOTES, "packs that do not divide E", "view.size[dim] % n != 0 ||", "", "ones", "", WRONG),
     Mutant(ROUTING, "no barrier before the softmax", f"{SYNC}    softmax", "    softmax", "plain", "thread", RACE),
     Mutant(ROUTING, "no barrier after the softmax", f"gb, count);\n{SYNC}", "gb, count);\n", "plain", "thread", RACE),
     Mutant(ROUTING, "no barrier after a clear", f"sums[k] = 0;\n{SYNC}", "sums[k] = 0;\n", "plain", "thread", RACE),
@@ -63,7 +63,7 @@ MUTANTS = (
         "no barrier of a sample",
         "args.chunks == 1) __syncthreads();",
         "args.chunks == 1) {}",
-        "plain",
+        "last",
         "thread",
         RACE,
     ),
