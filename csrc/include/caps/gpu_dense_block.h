@@ -252,7 +252,7 @@ class DenseBlock {
     // A warp has 4 rows at a time, and tiles have multiples of 4.
     for (int r = thread / kSoftmaxLanes; r < Tile::kSamples; r += int(blockDim.x) / kSoftmaxLanes) {
       T *x = logits + r * layout.score_row, *y = gc + r * layout.score_row;
-      T most = args.leaky ? T(0) : x[0];
+      T most = args.leaky ? T(0) : T(-INFINITY);  // x[0] is for the lane alone that will write it
       for (int j = lane; j < J; j += kSoftmaxLanes) most = larger(x[j], most);
       most = group_max(most, kSoftmaxLanes);
       T total = 0, mean = 0;

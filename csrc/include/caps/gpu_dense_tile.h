@@ -153,6 +153,7 @@ class DenseGradients {
       block_.add_scaled(grad, block_.scores(0), g_t);
       block_.forget();
       if (!args_.last_only) block_.add_scaled(grad, block_.scores(1), V_t);
+      __syncwarp();  // the lane that writes the next score is not the only one of its warp that reads this one
     }
     block_.forget();
     for (int d0 = 0; d0 < block_.layout.depth; d0 += kStep) put_grad_u(grad, d0);
