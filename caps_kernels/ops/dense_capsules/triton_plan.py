@@ -117,7 +117,8 @@ def contraction(u: Tensor, weight: Tensor) -> Contraction:
         span=span,
         segment=min(SEGMENT, max(batch, 1)),
         rows=min(4, padded(max(batch, 1))) if exact else 16,
-        parents=min(padded(out_capsules), (32 if exact else COLUMNS) // elements),
+        # A product takes at least 8 columns, so that parents that are not there may be among them.
+        parents=min(padded(out_capsules, max(1, 16 // elements)), (32 if exact else COLUMNS) // elements),
         elements=elements,
         dims=min(padded(in_dim), 4) if exact else 16,
         in_parts=positions > 1 or batch > SEGMENT,
