@@ -8,7 +8,7 @@ Rules of every kernel here:
   wrongly with bfloat16 as it is), and stored with `store`, which rounds.
 - `product` multiplies matrices. Its operands have the dtype of memory (`operand`), its result that of sums.
 - Tiles have sizes that are powers of two, of which a mask leaves the part that is there.
-- Sums go over tiles in an order that the shapes alone decide, without atomic operations.
+- Sums go over tiles in an order that the shapes alone decide, without atomic operations on floats.
 
 All launches go through `launch`, where `recording` counts them, or collects them without running any, so that what is
 counted and what is compiled ahead of time is what a call does.
