@@ -55,6 +55,22 @@ def isa_names() -> list[str]:
 
 
 @contextmanager
+def force_innermost_cache(size: int) -> Iterator[None]:
+    """Cut the work of "cpp" as for an innermost data cache of `size` bytes during a block, in all threads: for tests.
+
+    Raises:
+        ImportError: the library of "cpp" is not there.
+    """
+    library = importlib.import_module("caps_kernels._cpp")
+    before = library.get_innermost_cache()
+    library.set_innermost_cache(size)
+    try:
+        yield
+    finally:
+        library.set_innermost_cache(before)
+
+
+@contextmanager
 def force_isa(name: str) -> Iterator[None]:
     """Run the kernels of "cpp" for one instruction set during a block, in all threads: for tests.
 

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <caps/op.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -39,6 +40,7 @@ int best_isa() {
 }
 
 std::atomic<int> chosen_isa{best_isa()};
+std::atomic<int64_t> cache_bytes{std::max(sysconf(_SC_LEVEL1_DCACHE_SIZE), 0L)};
 
 // Grows to the largest size asked for, and gives memory beyond `kKept` back at the next request for less.
 struct Buffer {
@@ -91,16 +93,29 @@ PyObject* set_isa(PyObject*, PyObject* args) {
   return PyErr_Format(PyExc_ValueError, "this processor cannot run instruction set '%s'", name);
 }
 
+PyObject* get_innermost_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(cache_bytes.load()); }
+
+PyObject* set_innermost_cache(PyObject*, PyObject* args) {
+  long long bytes = 0;
+  if (!PyArg_ParseTuple(args, "L", &bytes)) return nullptr;
+  cache_bytes = bytes;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"isa_names", isa_names, METH_NOARGS, "The instruction sets this processor can run, the best last."},
     {"get_isa", get_isa, METH_NOARGS, "The instruction set in use."},
     {"set_isa", set_isa, METH_VARARGS, "Use an instruction set of isa_names()."},
+    {"get_innermost_cache", get_innermost_cache, METH_NOARGS, "Bytes of the innermost data cache, 0 where unknown."},
+    {"set_innermost_cache", set_innermost_cache, METH_VARARGS, "Cut work for a cache of so many bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_cpp", "C++ kernels for the CPU.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+
+int64_t innermost_cache() { return cache_bytes.load(std::memory_order_relaxed); }
 
 int current_isa() { return chosen_isa.load(std::memory_order_relaxed); }
 

@@ -58,13 +58,14 @@ void tiles_pack(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t c_step = args.keep ? l.I * l.row : kRouted * l.row, votes = kRouted * kRoutedTiles * l.tile_size;
-    for_chunks(l, votes + kRouted * kRoutedTiles * l.row, begin, end,
+    const int64_t votes = kRouted * l.tile_size;
+    for_chunks(l, votes + kRouted * l.row, begin, end,
                [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u,
                    T* sums, T* memory) {
                  constexpr int tiles = decltype(pair)::size;
                  if (args.t == 0) return route_uniformly<tiles>(u.u, u.step, weights, l.z, i0, i1, l.uniform(), sums);
-                 for_blocks<kRoutedTiles>(tiles, [&](auto block, int64_t n) __attribute__((always_inline)) {
+                 for_routed(args, tiles, [&](auto block, int64_t n) __attribute__((always_inline)) {
+                   const int64_t c_step = (args.keep ? l.I : kRouted / block.size) * l.row;
                    T* c = args.keep ? l.kept(0, tile + n, i0) : memory + votes;
                    route<false, decltype(block)::size, T>(u.u + n * u.step, u.step, weights, l.z, i0, i1,
                                                           l.V(0, tile + n), nullptr, sums + n * l.tile_size, memory,
@@ -104,20 +105,19 @@ void tiles_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t c_step = args.keep ? l.I * l.row : kRouted * l.row, votes = kRouted * kRoutedTiles * l.tile_size;
-    for_chunks(
-        l, votes + 2 * kRouted * kRoutedTiles * l.row, begin, end,
-        [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile0, const Packed<T>& u, T* sums,
-            T* memory) {
-          for_blocks<kRoutedTiles>(decltype(pair)::size, [&](auto block, int64_t n) __attribute__((always_inline)) {
-            const int64_t tile = tile0 + n;
-            T* c = args.keep ? l.c(args.t, tile, i0) : memory + votes;
-            T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kRouted * kRoutedTiles * l.row;
-            route<true, decltype(block)::size, T>(u.u + n * u.step, u.step, weights, l.z, i0, i1, l.V(args.t - 1, tile),
-                                                  l.g(args.t, tile), args.last_only ? nullptr : sums + n * l.tile_size,
-                                                  memory, args.keep, c, gb, c_step);
-          });
-        });
+    const int64_t votes = kRouted * l.tile_size;
+    for_chunks(l, votes + 2 * kRouted * l.row, begin, end,
+               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile0, const Packed<T>& u,
+                   T* sums, T* memory) {
+                 for_routed(args, decltype(pair)::size, [&](auto block, int64_t n) __attribute__((always_inline)) {
+                   const int64_t tile = tile0 + n, c_step = (args.keep ? l.I : kRouted / block.size) * l.row;
+                   T* c = args.keep ? l.c(args.t, tile, i0) : memory + votes;
+                   T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kRouted * l.row;
+                   route<true, decltype(block)::size, T>(
+                       u.u + n * u.step, u.step, weights, l.z, i0, i1, l.V(args.t - 1, tile), l.g(args.t, tile),
+                       args.last_only ? nullptr : sums + n * l.tile_size, memory, args.keep, c, gb, c_step);
+                 });
+               });
   });
 }
 
@@ -404,6 +404,7 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   a.s = view_of<4>(s);
   a.grad_u = view_of<3>(grad_u);
   a.grad_weight = view_of<4>(grad_weight);
+  a.stream_u = grad_u.numel() * int64_t(grad_u.element_size()) >= kStreamedBytes;
   a.stream = worth_streaming(grad_weight) && E * int64_t(grad_weight.element_size()) % 64 == 0;
   if (bias) a.grad_bias = view_of<2>(grad_bias);
   const Plan p = plan(a);

@@ -137,6 +137,8 @@ LIMITS = {
         dense_capsules("56-MiB-kept", 16, 3570, 64, 1, 2),
         dense_capsules("u-of-16-MiB", 16, 4096, 1, 64, 2, bias=True),
         dense_capsules("u-over-16-MiB", 17, 4097, 1, 64, 2, bias=True),
+        dense_capsules("u-past-the-caches", 17, 4100, 2, 8, 3, bias=True),
+        dense_capsules("u-past-the-caches-odd", 17, 4110, 2, 8, 3, positions=5),
         dense_capsules("u-over-16-MiB-shared", 16, 4200, 2, 64, 3, positions=420, routing_grad="last"),
         dense_capsules("matrices-of-a-chunk-over-512-KiB", 17, 520, 32, 16, 16),
         dense_capsules("partial-sums-of-8-MiB", 700, 20, 64, 1, 16),
@@ -206,3 +208,17 @@ def test_memory_on_both_sides_of_the_budget_for_coefficients() -> None:
     kept = peak_memory(1024, 796, 8, 2, 168, 2)
     computed_again = peak_memory(1024, 800, 8, 2, 168, 2)
     assert computed_again + 32 * 2**20 < kept < 0.1 * 2**32
+
+
+COMPUTED_AGAIN = dense_capsules("coefficients-over-56-MiB", 33, 600, 60, 2, 3, iterations=10)
+
+
+@pytest.mark.parametrize("case", [*CASES, COMPUTED_AGAIN], ids=str)
+def test_the_size_of_the_innermost_cache_changes_no_bit(case: Case, isa: str) -> None:
+    found = []
+    for size in (32 << 10, 48 << 10):
+        with _extension.force_innermost_cache(size):
+            inputs = case.inputs(torch.float32)
+            v = case.call(inputs, "cpp")
+            found.append([v.detach(), *gradients(v, inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -14,6 +14,10 @@ constexpr int64_t kVotesBudget = int64_t{32} << 20;   // of it, û of rows
 constexpr int kPair = 2;                              // neighbouring tiles that share one read of W
 constexpr int64_t kGroup = 8;                         // tiles whose gû stay in cache together
 
+// Bytes of grad_u from which it is written past the caches. Its lines are written whole, but the rows of a tile often
+// lie a multiple of a page apart, and so in few sets of a cache, which would first have to read them.
+constexpr int64_t kStreamedBytes = int64_t{2} << 20;
+
 struct DenseArgs {
   DType dtype;  // of all tensors but s
   View<3> u, v, coupling, grad_v, grad_u;
@@ -21,9 +25,10 @@ struct DenseArgs {
   View<2> bias, grad_bias;  // data is null where there is none, as for coupling
   int64_t positions, iterations;
   bool leaky, last_only;  // last_only: routing_grad="last"
-  bool stream;            // grad_weight is so large that it is better written past the caches
+  bool stream, stream_u;  // grad_weight, grad_u are so large that they are better written past the caches
 
   int64_t tiles;               // of samples; in the regime of rows each sample is one
+  int64_t routed_tiles;        // of them, that a routing pass takes at once: 1 or kPair
   int64_t chunk, chunks;       // lower capsules are cut into `chunks` of `chunk`
   int64_t types, parts, part;  // last pass over tiles: tasks of 4 types, or of `part` positions of one type
   int64_t t;                   // the iteration, from 0

@@ -55,6 +55,9 @@ inline Plan plan(DenseArgs& a) {
   p.rows = takes_rows(p, a.positions, a.iterations);
   if (!p.rows) p.tile = p.J * p.item * p.E * p.lanes;
   a.tiles = p.rows ? p.B : ceil_div(p.B, p.lanes);
+  // û of four tiles should fit in the innermost cache with V and g of each tile. With 16 registers the reads of W that
+  // two tiles share count more than that.
+  a.routed_tiles = vector_bytes() < 64 || innermost_cache() >= 48 << 10 ? kPair : 1;
   // At least 32 tasks; what a chunk needs of W, and of u where that is not kept in tiles, in half of a level 2 cache;
   // partial sums within their budget. Chunks of rows are whole vectors of lower capsules, those of tiles groups of 4.
   const int64_t unit = p.rows ? p.lanes : 4;

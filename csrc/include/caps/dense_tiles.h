@@ -54,6 +54,13 @@ CAPS_INLINE void for_pair(int64_t tiles, const F& f) {
   else f(Block<1>());
 }
 
+// Runs f(Block<n>(), tile) for the tiles that a routing pass takes at once.
+template <typename F>
+CAPS_INLINE void for_routed(const DenseArgs& a, int64_t tiles, const F& f) {
+  if (a.routed_tiles == kPair) for_blocks<kPair>(tiles, f);
+  else for_blocks<1>(tiles, f);
+}
+
 // u of lower capsules first … first + count - 1 in some tiles, [D] for each of them, in `tiles` a distance `step`
 // apart.
 template <typename T>
@@ -265,7 +272,7 @@ class Gradients {
       }
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      unpack(a_.dtype, a_.grad_u, tile0 + tile, i, count, grad_u_ + tile * count * u_step);
+      unpack(a_.dtype, a_.grad_u, tile0 + tile, i, count, grad_u_ + tile * count * u_step, a_.stream_u);
     }
   }
 
@@ -277,7 +284,7 @@ class Gradients {
   // û is made once for two iterations.
   void compute_coefficients(const Packed<T>& u, int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
     const int64_t begin = first_ > 0 ? first_ : 1;
-    for_blocks<kRoutedTiles>(tiles, [&](auto block, int64_t n) __attribute__((always_inline)) {
+    for_routed(a_, tiles, [&](auto block, int64_t n) __attribute__((always_inline)) {
       for_blocks<2>(
           a_.iterations,
           [&](auto rounds, int64_t t) __attribute__((always_inline)) {

@@ -20,6 +20,9 @@ using torch::stable::Tensor;
 // The index of the instruction set in use, in the order of CAPS_FOR_EACH_ISA.
 int current_isa();
 
+// Bytes of a core's innermost data cache, 0 where unknown.
+int64_t innermost_cache();
+
 // Bytes of its vectors.
 inline int64_t vector_bytes() { return int64_t{16} << current_isa(); }
 

@@ -61,9 +61,10 @@ void pack(DType dtype, const View<3>& x, int64_t tile, int64_t first, int64_t n0
   });
 }
 
-// The reverse of `pack`.
+// The reverse of `pack`. streamed: past the caches, where whole lines can be written (see `stream`).
 template <typename T>
-void unpack(DType dtype, const View<3>& x, int64_t tile, int64_t first, int64_t n0, const T* from) {
+void unpack(DType dtype, const View<3>& x, int64_t tile, int64_t first, int64_t n0, const T* from,
+            bool streamed = false) {
   using V = Vec<T>;
   constexpr int n = kLanes<T>;
   const int64_t count = min_of(x.size[0] - tile * n, n), n1 = x.size[2], rows = n0 * n1, step = x.stride[0];
@@ -71,13 +72,20 @@ void unpack(DType dtype, const View<3>& x, int64_t tile, int64_t first, int64_t 
   dispatch_floating(dtype, [&]<typename scalar_t>() {
     if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
       auto* base = static_cast<scalar_t*>(x.data) + tile * n * step + first * x.stride[1];
+      const bool lines = streamed && uintptr_t(base) % 64 == 0 && step * int64_t(sizeof(T)) % 64 == 0;
       for (int64_t row = 0; row < whole; row += n) {
         V square[n];
 #pragma GCC unroll 16
         for (int k = 0; k < n; ++k) square[k] = load<V>(from + (row + k) * n);
         transpose(square);
-        for (int lane = 0; lane < n; ++lane) {
-          if (lane < count) store(base + lane * step + row, square[lane]);
+        for (int lane = 0; lane < n && lane < count; ++lane) {
+          if constexpr (std::is_same_v<scalar_t, T> && kCanStream<V>) {
+            if (lines) {
+              stream(base + lane * step + row, square[lane]);
+              continue;
+            }
+          }
+          store(base + lane * step + row, square[lane]);
         }
       }
       for (int64_t lane = 0; lane < count; ++lane) {

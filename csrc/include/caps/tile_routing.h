@@ -15,11 +15,9 @@ struct Sizes {
 
 constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // sums of votes held in registers at once
 constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
-// Of a routing pass: neighbouring tiles that share one read of W, and lower capsules that share one of V, g and the
-// sums. Their û should fit in the innermost cache. With 16 registers the reads of W count most, with 32 those of the
-// sums.
-constexpr int kRoutedTiles = sizeof(Vec<float>) == 64 ? 1 : kPair;
-constexpr int kRouted = 4 / kRoutedTiles;
+// Tiles times lower capsules whose û a routing pass holds at once: the tiles share one read of W, the capsules one of
+// V, g and the sums.
+constexpr int kRouted = 4;
 
 template <int n>
 struct Block {
@@ -181,14 +179,14 @@ CAPS_INLINE void add_weighted(const T* votes, int64_t step, const T* factors, Si
 //   forward:  sums += Σ_i c_i û_i                            (s)
 //   backward: gb_i = c_i (gc_i - Σ_j c_i gc_i), gc_i = g · û_i, and sums += Σ_i gb_i û_i   (gV), unless `sums` is null
 // u: of capsule `first`. V, g, sums: [tiles][J·E]. c, gb: [last - first][J] of each tile c_step apart, or where not
-// `keep` [kRouted][J], that each group of capsules writes over. votes: room for [kRouted][tiles][J·E].
+// `keep` [kRouted / tiles][J], that each group of capsules writes over. votes: room for kRouted times [J·E].
 template <bool backward, int tiles, typename T>
 void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last, const T* V,
            const T* g, T* sums, T* votes, bool keep, T* c, T* gb, int64_t c_step) {
-  constexpr int lanes = kLanes<T>;
+  constexpr int lanes = kLanes<T>, capsules = kRouted / tiles;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim;
-  for (int64_t i = first; i < last; i += kRouted) {
-    const int64_t count = min_of(last - i, kRouted);
+  for (int64_t i = first; i < last; i += capsules) {
+    const int64_t count = min_of(last - i, capsules);
     votes_and_dots<backward, tiles>(u + (i - first) * z.in_dim * lanes, u_step, weights, i, count, z, V, g, votes, c,
                                     gb, c_step);
 #pragma GCC unroll 4
@@ -197,7 +195,7 @@ void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64
       softmax(ck, z.out_capsules, z.leaky, count);
       if constexpr (backward) softmax_backward(ck, gk, z.out_capsules, count);
       if (!sums) continue;
-      for_blocks<kRouted>(count, [&](auto block, int64_t m) __attribute__((always_inline)) {
+      for_blocks<capsules>(count, [&](auto block, int64_t m) __attribute__((always_inline)) {
         add_weighted<decltype(block)::size>(votes + (m * tiles + k) * size, tiles * size,
                                             (backward ? gk : ck) + m * row, z, sums + k * size);
       });
