@@ -17,10 +17,10 @@ counted and what is compiled ahead of time is what a call does.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Count:
-    """What a call does: an op's `counts(*args)` gives one for its forward and one for its backward, or None."""
+    """What a call does: an op's `counts(*args)` gives one for its forward and one for its backward."""
 
     launches: int
     read: int
@@ -66,6 +66,12 @@ class Count:
     def bytes(self) -> int:
         """Bytes loaded and stored."""
         return self.read + self.written
+
+
+def sum_counts(counts: Iterable[Count]) -> Count:
+    """Of one after the other."""
+    each = [astuple(count) for count in counts]
+    return Count(*map(sum, zip(*each, strict=True)))
 
 
 @dataclass(frozen=True)

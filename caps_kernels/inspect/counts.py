@@ -26,10 +26,10 @@ GPUS = {
 matrix units, without sparsity."""
 
 
-def formulas(op: str, sample: Sample, dtype: torch.dtype) -> tuple[Count, Count] | None:
-    """What an op's formulas say of a sample's forward and backward; None where it has none for it."""
+def formulas(op: str, sample: Sample, dtype: torch.dtype) -> tuple[Count, Count]:
+    """What an op's formulas say of a sample's forward and backward."""
     args = arguments(op, sample, dtype, "meta")
-    counts: tuple[Count, Count] | None = importlib.import_module(f"caps_kernels.ops.{op}.triton").counts(*args)
+    counts: tuple[Count, Count] = importlib.import_module(f"caps_kernels.ops.{op}.triton").counts(*args)
     return counts
 
 
@@ -94,7 +94,8 @@ class Operators(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not (func.is_view or "empty" in func.name() or func.name() == "aten::detach"):
             self.count += 1
-            self.read += sum(_bytes(leaf) for leaf in tree_leaves((args, kwargs)))
+            if func.name() != "aten::fill_.Scalar":
+                self.read += sum(_bytes(leaf) for leaf in tree_leaves((args, kwargs)))
             self.written += sum(_bytes(leaf) for leaf in tree_leaves(result))
         return result
 

@@ -46,6 +46,9 @@ COUNTED = (
     Sample("five iterations", {"votes": (3, 26, 3, 5)}, {"iterations": 5, "return_coupling": True}),
     Sample("last", {"votes": (2, 37, 10, 16), "bias": (10, 16)}, {"routing_grad": "last"}),
     Sample("one iteration", {"votes": (2, 5, 3, 4), "bias": (3, 4)}, {"iterations": 1}),
+    Sample("wide", {"votes": (2, 9, 3, 2100), "bias": (3, 2100)}, {"return_coupling": True}),
+    Sample("wide, last", {"votes": (1, 9, 3, 2100)}, {"routing_grad": "last"}),
+    Sample("wide, one iteration", {"votes": (1, 9, 3, 2100), "bias": (3, 2100)}, {"iterations": 1}),
 )
 """For which the formulas of `counts` are compared with a run in the interpreter."""
 
@@ -403,17 +406,17 @@ def counts(
     leaky: bool,
     routing_grad: str,
     return_coupling: bool,
-) -> tuple[Count, Count] | None:
-    """Of forward and backward; exponentials and squash left out. None where triton_wide.py runs."""
+) -> tuple[Count, Count]:
+    """Of forward and backward; exponentials and squash left out."""
     if is_wide(votes):
-        return None
+        return wide.counts(votes, bias, iterations, routing_grad == "last", return_coupling)
     batch, in_capsules, out_capsules, out_dim = votes.shape
     tiles = _plan(votes)[0]
     programs, later = batch * tiles.chunks, iterations - 1
-    one, item, wide = out_capsules * out_dim, votes.element_size(), accumulation_dtype(votes.dtype).itemsize
-    all_votes, s = votes.numel() * item, batch * one * wide
+    one, item, of_sums = out_capsules * out_dim, votes.element_size(), accumulation_dtype(votes.dtype).itemsize
+    all_votes, s = votes.numel() * item, batch * one * of_sums
     of_bias = one * item if bias is not None else 0
-    part = programs * one * wide  # Bytes of every program's part, and of anything [J, E] that every program reads once.
+    part = programs * one * of_sums  # Bytes of every program's part, and of anything [J, E] that each reads once.
     coupling = batch * in_capsules * out_capsules * item if return_coupling else 0
     read = iterations * all_votes + later * (tiles.chunks * part + programs * of_bias) + later * (later - 1) // 2 * part
     read += part + batch * of_bias
@@ -426,7 +429,7 @@ def counts(
     else:
         passes = later * (later - 1) // 2 * tiles.chunks * part + later * part + iterations * later // 2 * part
         rows = -(-in_capsules // tiles.rows) * batch
-        finished = all_votes + later * tiles.chunks * part + part + rows * 2 * later * one * wide
+        finished = all_votes + later * tiles.chunks * part + part + rows * 2 * later * one * of_sums
         read, launches = later * all_votes + passes + grad_v + finished, iterations
         written = later * (part + 2 * s) + s + all_votes
         flop, summed = 2 * votes.numel() * (5 * iterations - 4), iterations * s

@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from caps_kernels._triton import accumulator, launch, load, padded, program, store, strides, sum_parts
+from caps_kernels._triton import (
+    Count,
+    accumulator,
+    launch,
+    load,
+    padded,
+    program,
+    store,
+    strides,
+    sum_counts,
+    sum_parts,
+)
 from caps_kernels.ops.precision import accumulation_dtype
 from caps_kernels.ops.squash import triton as squash
 
@@ -105,7 +116,9 @@ def spread(
     coupling, gb, g, total_v, grad_votes, iterations, batch, in_capsules,
     J: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """grad_votes [B, I, J, E] = Σ_t coupling_t g_t + gb_t V_t of coupling and gb [R, B, I, J], g and V [R, B, J, E]."""
+    """grad_votes [B, I, J, E] = Σ_{t ≥ 0} c_t g_t + Σ_{t ≥ 1} gb_t V_{t-1} of coupling [R, B, I, J] and g [R, B, J, E],
+    gb and V, which begin with gb_1 and V_0.
+    """
     tiles: tl.constexpr = (J * E + COLUMNS - 1) // COLUMNS
     number = program()
     n = number % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -119,7 +132,9 @@ def spread(
         at = (sample * in_capsules + i)[:, None] * J + (n // E)[None, :]
         one = sample * (J * E) + n
         total += load(coupling + at, mask, TYPE) * load(g + one, n < J * E, TYPE)[None, :]
-        total += load(gb + at, mask, TYPE) * load(total_v + one, n < J * E, TYPE)[None, :]
+        at -= batch * in_capsules * J
+        before = load(total_v + one - batch * (J * E), (n < J * E) & (t > 0), TYPE)
+        total += load(gb + at, mask & (t > 0), TYPE) * before[None, :]
     store(grad_votes + (b * in_capsules + i)[:, None] * (J * E) + n[None, :], total, mask)
 
 
@@ -131,14 +146,15 @@ def forward(
     dtype = accumulation_dtype(votes.dtype)
     s = votes.new_empty((iterations, batch, out_capsules, out_dim), dtype=dtype)
     coupling = votes.new_empty(votes.shape[:3], dtype=dtype)
-    total_v = torch.zeros_like(s[0])
+    total_v = None
     for t in range(iterations):
-        _couplings(votes, total_v if t > 0 else None, leaky, coupling)
+        _couplings(votes, total_v, leaky, coupling)
         _gather(votes, coupling, s[t])
         if bias is not None:
-            s[t] += bias
+            s[t].add_(bias)
         v = squash.forward(s[t], -1)[0]
-        total_v += v
+        if t < iterations - 1:
+            total_v = v if total_v is None else total_v + v
     kept = coupling.to(votes.dtype) if return_coupling else votes.new_empty((batch, 0, out_capsules))
     return v.to(votes.dtype), s, kept
 
@@ -150,34 +166,31 @@ def backward(
     batch, in_capsules, out_capsules, out_dim = votes.shape
     total_v = squash.forward(s, -1)[0].cumsum(0)  # [R, B, J, E]
     kept = 1 if last else iterations
-    coupling = s.new_empty((kept, *votes.shape[:3]))
-    gb, g, before = torch.zeros_like(coupling), s.new_empty((kept, *s.shape[1:])), s.new_zeros((kept, *s.shape[1:]))
+    coupling, gb = s.new_empty((kept, *votes.shape[:3])), s.new_empty((kept - 1, *votes.shape[:3]))
+    g: list[Tensor] = []
     gv = grad_v.to(s.dtype)
-    total_grad = torch.zeros_like(gv)
     for t in reversed(range(iterations - kept, iterations)):
         at = t - (iterations - kept)
-        g[at] = squash.backward(gv, s[t], -1)[0]
+        g.insert(0, squash.backward(gv, s[t], -1)[0])
         _couplings(votes, total_v[t - 1] if t > 0 else None, leaky, coupling[at])
-        if t == 0 or last:
+        if at == 0:
             break
-        before[at] = total_v[t - 1]
-        _agree(votes, g[at], gb[at])
+        _agree(votes, g[0], gb[at - 1])
         rows = batch * in_capsules
-        launch(softmax_rows_gradient, rows, coupling[at], gb[at], gb[at], **_row_sizes(votes))
-        grad = torch.empty_like(total_grad)
-        _gather(votes, gb[at], grad)
-        total_grad = total_grad + grad
-        gv = total_grad
-    grad_votes = votes.new_empty(votes.shape)
+        launch(softmax_rows_gradient, rows, coupling[at], gb[at - 1], gb[at - 1], **_row_sizes(votes))
+        grad = torch.empty_like(s[0])
+        _gather(votes, gb[at - 1], grad)
+        gv = grad if t == iterations - 1 else gv + grad
+    all_g, grad_votes = torch.stack(g), votes.new_empty(votes.shape)
     launch(
         spread,
         batch * triton.cdiv(in_capsules, ROWS) * triton.cdiv(out_capsules * out_dim, COLUMNS),
-        *(coupling, gb, g, before, grad_votes, kept, batch, in_capsules),
+        *(coupling, gb, all_g, total_v, grad_votes, kept, batch, in_capsules),
         J=out_capsules,
         E=out_dim,
         **_tile(votes),
     )
-    return grad_votes, g
+    return grad_votes, all_g
 
 
 def _couplings(votes: Tensor, total_v: Tensor | None, leaky: bool, coupling: Tensor) -> None:
@@ -200,12 +213,17 @@ def _agree(votes: Tensor, vectors: Tensor, out: Tensor) -> None:
 def _gather(votes: Tensor, coefficients: Tensor, result: Tensor) -> None:
     """Write Σ_i coefficients [B, I, J] û to result [B, J, E]."""
     batch, in_capsules, out_capsules, out_dim = votes.shape
-    length = triton.cdiv(triton.cdiv(in_capsules, isqrt(in_capsules)), ROWS) * ROWS
-    chunks = triton.cdiv(in_capsules, length)
+    length, chunks = _chunks(in_capsules)
     parts = result.new_empty((chunks, *result.shape))
     programs = chunks * batch * triton.cdiv(out_capsules * out_dim, COLUMNS)
     launch(gather, programs, votes, coefficients, parts, batch, in_capsules, length, **_sizes(votes))
     sum_parts(parts, result)
+
+
+def _chunks(in_capsules: int) -> tuple[int, int]:
+    """Lower capsules of a chunk, and how many chunks there are."""
+    length: int = triton.cdiv(triton.cdiv(in_capsules, isqrt(in_capsules)), ROWS) * ROWS
+    return length, triton.cdiv(in_capsules, length)
 
 
 def _sizes(votes: Tensor) -> dict[str, Any]:
@@ -220,3 +238,40 @@ def _tile(votes: Tensor) -> dict[str, Any]:
 def _row_sizes(votes: Tensor) -> dict[str, Any]:
     """Of the kernels that take a row of coefficients at a time."""
     return {"J": votes.shape[2], "COLUMNS": min(padded(votes.shape[2]), 1024), "TYPE": accumulator(votes.dtype)}
+
+
+def counts(
+    votes: Tensor, bias: Tensor | None, iterations: int, last: bool, return_coupling: bool
+) -> tuple[Count, Count]:
+    """Of forward and backward, PyTorch's operators between the kernels included; exponentials and squash left out."""
+    item, wide = votes.element_size(), accumulation_dtype(votes.dtype).itemsize
+    bytes_of_bias = 0 if bias is None else bias.numel() * item
+    one, later = votes.shape[0] * votes.shape[2] * votes.shape[3] * wide, iterations - 1  # Bytes of anything [B, J, E].
+    coefficients = votes.shape[0] * votes.shape[1] * votes.shape[2] * wide
+    s = votes.new_empty((iterations, votes.shape[0], *votes.shape[2:]), dtype=accumulation_dtype(votes.dtype))
+    agreed = Count(1, votes.numel() * (item + wide), coefficients, 2 * votes.numel())
+    chunks = _chunks(votes.shape[1])[1]
+    gathered = Count(2, votes.numel() * (item + wide) + chunks * one, (chunks + 1) * one, 2 * votes.numel())
+    filled, softmax = Count(1, 0, coefficients, 0), Count(1, 3 * coefficients, coefficients, 0)
+    rounded = 0 if item == wide else one // wide * item  # Bytes of anything [B, J, E] in 16 bits.
+
+    forward_counts = [filled, *later * [agreed, softmax], *iterations * [gathered, squash.counts(s[0], -1)[0]]]
+    forward_counts += max(later - 1, 0) * [Count(1, 2 * one, one, 0)]
+    forward_counts += iterations * [Count(1, one + bytes_of_bias, one, 0)] if bias is not None else []
+    if rounded:
+        forward_counts += [Count(1, one, rounded, 0)]
+        forward_counts += [Count(1, coefficients, coefficients // wide * item, 0)] if return_coupling else []
+
+    kept, passes = (1, 0) if last else (iterations, later)
+    backward_counts = [squash.counts(s, -1)[0], Count(1, iterations * one, iterations * one, 0)]
+    backward_counts += kept * [squash.counts(s[0], -1)[1]] + [Count(1, kept * one, kept * one, 0)]
+    backward_counts += [filled] if passes == later else []
+    backward_counts += (1 if last and later else later) * [agreed, softmax]
+    backward_counts += passes * [agreed, Count(1, 4 * coefficients, coefficients, 0), gathered]
+    backward_counts += max(passes - 1, 0) * [Count(1, 2 * one, one, 0)]
+    spread_bytes = votes.numel() * wide + triton.cdiv(votes.shape[1], ROWS) * one
+    terms = kept + passes
+    backward_counts += [Count(1, terms * spread_bytes, votes.numel() * item, 2 * terms * votes.numel())]
+    backward_counts += [Count(1, rounded, one, 0)] if rounded else []
+    backward_counts += [Count(1, kept * one, bytes_of_bias, 0)] if bias is not None else []
+    return sum_counts(forward_counts), sum_counts(backward_counts)
