@@ -1,7 +1,9 @@
 """Compiles a source of csrc/cuda for the host, loads it, and runs its ops on CPU tensors with the threads of a GPU as
 fibers.
 
-    python -m tests.cuda_host.host squash        # builds what tests load
+    python -m tests.cuda_host.host squash        # builds what tests load, here for one op
+    CAPS_CUDA_HOST_SANITIZER=thread python -m tests.cuda_host.host        # and for a sanitizer
+    python -m tests.cuda_host.host --under thread -m pytest tests/cuda_host        # runs Python under it
 
 The library's ops are torch.ops.caps_kernels_cuda_host; `as_backend` lets them be backend "cuda", on the CPU.
 """
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +36,7 @@ SANITIZERS = {
     "thread": ["-O1", "-fsanitize=thread"],
 }
 FLAGS = [
-    *("-std=c++20", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
+    *("-std=c++20", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
     # Pragmas are nvcc's; packs of numbers are read as uint4, which nvcc allows.
     *("-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-DCAPS_ON_HOST", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
@@ -56,6 +59,13 @@ def can_compile() -> bool:
 def ops() -> list[str]:
     """The ops that have a source in csrc/cuda."""
     return sorted(path.stem for path in SOURCES.glob("*.cu") if path.stem != "library")
+
+
+def orders(*settings: dict[str, int]) -> tuple[dict[str, int], ...]:
+    """The orders of threads in which a test runs: all of them, or but the last where a sanitizer watches, which judges
+    by what barriers order and not by who came first.
+    """
+    return settings[-1:] if os.environ.get(SANITIZER) else settings
 
 
 def build(source: Path, sanitizer: str = "") -> Path:
@@ -172,6 +182,17 @@ def as_backend() -> Mapping[str, Host]:
     return hosts
 
 
+def main(arguments: Sequence[str]) -> int:
+    """What the top of this file shows; the exit status."""
+    if arguments[:1] == ["--under"]:
+        done = run_sanitized(arguments[1], arguments[2:])
+        print(done.stdout, done.stderr)
+        return done.returncode
+    sources = [SOURCES / f"{name}.cu" for name in arguments or ops()]
+    with ThreadPoolExecutor(2) as two:
+        print(*two.map(lambda source: build(source, os.environ.get(SANITIZER, "")), sources), sep="\n")
+    return 0
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ops():
-        print(build(SOURCES / f"{name}.cu", os.environ.get(SANITIZER, "")))
+    sys.exit(main(sys.argv[1:]))

@@ -33,13 +33,13 @@ TILES = (
     dense_capsules("D-64", 1, 2, 59, 64, 16, iterations=1),
 )
 LONG = (
-    # Chunks of more lower capsules than stages of shared memory, and groups of as many matrices.
-    dense_capsules("I-1330", 2, 1330, 1, 1, 2, iterations=2),
+    # Chunks of more lower capsules than stages of shared memory, copied by 16 bytes or not; groups of as many matrices.
+    dense_capsules("I-1330", 2, 1330, 1, 8, 8, iterations=2),
     dense_capsules("I-1330-shared", 2, 1330, 1, 1, 2, positions=1330, iterations=2),
 )
 RUNS = [(case, dtype) for case in TILES for dtype in RTOL]
 RUNS += [(case, dtype) for case in LONG for dtype in (torch.float32, torch.bfloat16)]
-ORDERS = ({"order": 0, "processors": 3}, {"order": 2, "seed": 1, "processors": 1})
+ORDERS = host.orders({"order": 0, "processors": 3}, {"order": 2, "seed": 1, "processors": 1})
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)

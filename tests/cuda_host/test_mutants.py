@@ -1,11 +1,12 @@
 """Mistakes put into the sources of csrc/cuda one at a time: each must be noticed by a check that the right ones pass.
 
 The sanitizers' findings end the process that loads the library, so every mistake gets a process of its own, which runs
-one test of test_ops.py; `.ci/cuda` runs all.
+one test, of one case in float32; `.ci/cuda` runs all.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from tests.cuda_host import host
 
-RACE, BEYOND, WRONG = "data race", "heap-buffer-overflow", "assert"
+RACE, BEYOND = "data race", "heap-buffer-overflow"  # said by sanitizers
+WRONG, ORDER = "relative error", "built-in method equal"  # by the assertions of tests: against float64, in other orders
 HEADERS = host.ROOT / "csrc" / "include" / "caps"
 
 
@@ -33,11 +35,25 @@ class Mutant:
         return f"{self.op}: {self.name}"
 
 
-SQUASH, VOTES, ROUTING = "squash", "predict_votes", "dynamic_routing"
+SQUASH, VOTES, ROUTING, DENSE = "squash", "predict_votes", "dynamic_routing", "dense_capsules"
 SYNC = "    __syncthreads();\n"
 ONE_SUM = ("sums + sharer * size + column", "sums + column")
 REST = "end - i < args.tile ? end - i"
 BATCH = "B - first < kBatch ? B - first"
+WAIT = "else async_wait<2>();"
+FETCH = "    fetch(at_ + stages_ - 1);\n"
+NEXT = f"{SYNC}    forget();\n{FETCH}"
+CHUNK = "i0 + args.chunk < I ? i0 + args.chunk : I"
+SUM_OVER_LANES = """      const int n = scatter_sum<Tile::kWidth, 16>(part, 0);
+      // Lanes that differ in what is left of the bits of samples hold the same sum.
+      if (block_.row0 % (Tile::kSampleLanes / Tile::kWidth) == 0) {
+        sums[(block_.parent(k) * block_.layout.D + d) * Tile::kE + block_.number(n)] += part[0];
+      }
+"""
+SUM_AS_LANES_COME = """      for (int n = 0; n < Tile::kWidth; ++n) {
+        sums[(block_.parent(k) * block_.layout.D + d) * Tile::kE + block_.number(n)] += part[n];
+      }
+"""
 MUTANTS = (
     Mutant(SQUASH, "one row too many", "row < rows ? E", "row <= rows ? E", "row-9", "address", BEYOND),
     Mutant(SQUASH, "half the lanes in a sum", "group_sum(square, args.width)", "square", "row-16", "", WRONG),
@@ -68,14 +84,79 @@ MUTANTS = (
         RACE,
     ),
     Mutant(ROUTING, "all threads add to one sum", *ONE_SUM, "plain", "thread", RACE),
-    Mutant(ROUTING, "a sum in the order of threads", *ONE_SUM, "children-31", "", WRONG),
+    Mutant(ROUTING, "a sum in the order of threads", *ONE_SUM, "children-31", "", ORDER),
     Mutant(ROUTING, "one capsule too many", REST, f"{REST} + 1", "children-33", "address", BEYOND),
     Mutant(ROUTING, "the leak left out", "+ (args.leaky ? exp(-most) : T(0))", "", "leaky", "", WRONG),
+    Mutant(
+        DENSE,
+        "no barrier before the softmax",
+        f"V, block.scores(0));\n{SYNC}",
+        "V, block.scores(0));\n",
+        "plain",
+        "thread",
+        RACE,
+    ),
+    Mutant(
+        DENSE, "no barrier after the softmax", f"put_coupling);\n{SYNC}", "put_coupling);\n", "plain", "thread", RACE
+    ),
+    Mutant(DENSE, "no barrier before a capsule is used", NEXT, f"    forget();\n{FETCH}", "plain", "thread", RACE),
+    Mutant(
+        DENSE, "a capsule fetched before the barrier", NEXT, f"{FETCH}{SYNC}    forget();\n", "I-1330", "thread", RACE
+    ),
+    Mutant(DENSE, "no barrier between items", f"at_ = -1;\n{SYNC}", "at_ = -1;\n", "B-33", "thread", RACE),
+    Mutant(DENSE, "no grid barrier", "if (step > args.begin) grid_barrier();", "", "plain", "thread", RACE),
+    Mutant(
+        DENSE,
+        "a logit that another lane overwrites",
+        "T(-INFINITY);  // x[0]",
+        "x[0];  // x[0]",
+        "plain",
+        "thread",
+        RACE,
+    ),
+    Mutant(
+        DENSE,
+        "scores overwritten by the next iteration",
+        "__syncwarp();  // the lane",
+        "// the lane",
+        "plain",
+        "thread",
+        RACE,
+    ),
+    Mutant(DENSE, "no barrier before grad_u", f"sums);\n{SYNC}", "sums);\n", "plain", "thread", RACE),
+    Mutant(
+        DENSE,
+        "no barrier in the plain gradients",
+        "grad_u(b, i);\n      __syncthreads();",
+        "grad_u(b, i);",
+        "E-33",
+        "thread",
+        RACE,
+    ),
+    Mutant(DENSE, "a copy not waited for", WAIT, "else async_wait<3>();", "B-9", "", WRONG),
+    Mutant(DENSE, "one sample too many", "first + r < u.size[0]", "first + r <= u.size[0]", "plain", "address", BEYOND),
+    Mutant(DENSE, "one lower capsule too many", CHUNK, f"{CHUNK} + 1", "plain", "address", BEYOND),
+    Mutant(DENSE, "one parent too few", "parent(k) < layout.J;", "parent(k) < layout.J - 1;", "plain", "", WRONG),
+    Mutant(DENSE, "numbers beyond E", "if (number(n) + v < E) at[v]", "at[v]", "plain", "", WRONG),
+    Mutant(DENSE, "a sum in the order of threads", SUM_OVER_LANES, SUM_AS_LANES_COME, "B-9", "", ORDER),
+    Mutant(
+        DENSE,
+        "a part of a shared matrix left out",
+        "part < args_.parts;",
+        "part < args_.parts - 1;",
+        "shared",
+        "",
+        WRONG,
+    ),
+    Mutant(DENSE, "a row of grad_bias left out", "row < R * B;", "row < R * B - 1;", "bias", "", WRONG),
 )
 
 
 def write_changed(mutant: Mutant, folder: Path) -> Path:
-    """A copy of the op's source and of the headers that kernels share, with the change; the source."""
+    """A copy of the op's source and of the headers that kernels share, with the change; the source.
+
+    Every dtype is compiled as float32, the only one that runs: that halves the time.
+    """
     (folder / "caps").mkdir()
     changed = []
     for path in (host.SOURCES / f"{mutant.op}.cu", *HEADERS.glob("gpu*.h")):
@@ -83,6 +164,7 @@ def write_changed(mutant: Mutant, folder: Path) -> Path:
         if mutant.before in text:
             changed.append(path)
         target = folder / path.name if path.suffix == ".cu" else folder / "caps" / path.name
+        text = re.sub(r"f\.template operator\(\)<(double|BFloat16|Float16)>", "f.template operator()<float>", text)
         target.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")
     assert len(changed) == 1, f"the text is in {changed}"
     return folder / f"{mutant.op}.cu"
@@ -95,8 +177,10 @@ def test_a_mistake_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
         pytest.skip("no g++ to compile the kernels for the host")
     source = write_changed(mutant, tmp_path)
     host.build(source, mutant.sanitizer)
-    arguments = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "tests/cuda_host/test_ops.py"]
-    arguments += ["-k", f"float32-contiguous-{mutant.op}-{mutant.case}]"]
+    tests = ["tests/cuda_host/test_ops.py", "tests/cuda_host/test_dense_capsules.py"]
+    case = f"{mutant.op}-{mutant.case}"
+    arguments = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests]
+    arguments += ["-k", f"torch.float32-contiguous-{case}] or [{case}-torch.float32]"]
     done = host.run_sanitized(mutant.sanitizer, arguments, **{host.CHANGED + mutant.op.upper(): str(source)})
     said = done.stdout + done.stderr
     assert done.returncode not in (0, 5), said[-2000:]  # 5: there is no such test

@@ -15,7 +15,7 @@ from tests.cuda_host.cases import HOST_CASES
 from tests.test_op_contract import ROUTING_OPS, RTOL, assert_near, gradients, prepared, saved, weighted_sum
 
 CASES = [case for case in HOST_CASES if case.op in host.ops() and (case.op, "cuda") in backends._IMPLEMENTATIONS]
-ORDERS = ({"order": 0}, {"order": 1}, {"order": 2, "seed": 1}, {"order": 2, "seed": 2})
+ORDERS = host.orders({"order": 0}, {"order": 1}, {"order": 2, "seed": 1}, {"order": 2, "seed": 2})
 
 
 def run(case: Case, inputs: list[Tensor]) -> tuple[Tensor, ...]:
