@@ -22,8 +22,11 @@ def tensors(required: Mapping[str, Tensor], optional: Mapping[str, Tensor | None
         TypeError: not a tensor, an unsupported dtype, or a mixture of dtypes.
         ValueError: tensors on different devices.
     """
-    given = {**required, **{name: t for name, t in (optional or {}).items() if t is not None}}
-    for name, tensor in given.items():
+    given = list(required.items())
+    if optional is not None:
+        given += [(name, tensor) for name, tensor in optional.items() if tensor is not None]
+    first_name, first = given[0]
+    for name, tensor in given:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
@@ -32,8 +35,6 @@ def tensors(required: Mapping[str, Tensor], optional: Mapping[str, Tensor | None
             raise TypeError(f"{name} must be a dense (strided) tensor, got a nested tensor")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
-    first_name, first = next(iter(given.items()))
-    for name, tensor in given.items():
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
         if tensor.device != first.device:
@@ -53,18 +54,17 @@ def shape(name: str, tensor: Tensor, expected: Sequence[str | int], *, may_be_em
         ValueError: the shape differs.
     """
     sizes = tensor.shape
-    matches = len(sizes) == len(expected)
-    for size, wanted in zip(sizes, expected, strict=False):
-        if isinstance(wanted, str):
-            matches = matches and (size >= 1 or wanted == may_be_empty)
+    if len(sizes) == len(expected):
+        for size, wanted in zip(sizes, expected, strict=True):
+            if not (size >= 1 or wanted == may_be_empty if isinstance(wanted, str) else size == wanted):
+                break
         else:
-            matches = matches and size == wanted
-    if not matches:
-        symbols = ", ".join(s for s in expected if isinstance(s, str) and s != may_be_empty)
-        raise ValueError(
-            f"{name} must have shape [{', '.join(map(str, expected))}]"
-            f"{f' with {symbols} at least 1' if symbols else ''}, got {list(tensor.shape)}"
-        )
+            return
+    symbols = ", ".join(s for s in expected if isinstance(s, str) and s != may_be_empty)
+    raise ValueError(
+        f"{name} must have shape [{', '.join(map(str, expected))}]"
+        f"{f' with {symbols} at least 1' if symbols else ''}, got {list(tensor.shape)}"
+    )
 
 
 def positive_int(name: str, value: Any) -> int:
