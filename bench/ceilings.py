@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -42,6 +43,10 @@ extern "C" int fma_width() { return WIDTH; }
 """
 
 
+IDLE_LIMIT = 3
+"""Of `Ceilings.idle`: caches that others have filled cost less than twice the time."""
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """Rates of this machine in 10⁹ a second."""
@@ -55,6 +60,8 @@ class Ceilings:
     """FLOP/s of torch's float32 matrix product, all threads."""
     copy: float
     """Bytes/s read plus written by copying a large tensor."""
+    idle: float = 1.0
+    """How many times longer one thread takes to read 16 MiB that nobody touched for a tenth of a second."""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -62,6 +69,17 @@ class Ceilings:
             f"FMA peak        {self.fma:7.0f} GFLOP/s, one thread {self.fma_one_thread:.0f} ({self.fma_method})",
             f"matrix product  {self.sgemm:7.0f} GFLOP/s (torch, float32, 2048 x 2048)",
             f"copy            {self.copy:7.1f} GB/s (read + written, 256 MiB)",
+            f"idle memory     {self.idle:7.1f} x the time to read it (16 MiB after 0.1 s without use)",
+        ]
+
+    def warnings(self) -> list[str]:
+        """What makes times on this machine mean less than they say."""
+        if self.idle < IDLE_LIMIT:
+            return []
+        return [
+            f"Memory that was left alone for 0.1 s takes {self.idle:.0f} times as long to read on this machine, as on "
+            "some virtual ones. Between two turns everyone's memory is left alone for longer, so times and shares show "
+            "this more than anything else."
         ]
 
 
@@ -75,12 +93,14 @@ def measure(threads: int, device: str = "cpu") -> Ceilings:
     sgemm, copy = _sgemm(device), _copy(device)
     if device == "cuda":
         return Ceilings(sgemm, sgemm, "torch's float32 matrix product on the GPU", sgemm, copy)
-    loop = _fma_loop()
+    loop, idle = _fma_loop(), _with_threads(1, _idle)
     if loop is None:
         one = _with_threads(1, lambda: _sgemm(device))
-        return Ceilings(sgemm, one, "torch's float32 matrix product: no C++ compiler here", sgemm, copy)
+        return Ceilings(sgemm, one, "torch's float32 matrix product: no C++ compiler here", sgemm, copy, idle)
     rates = {n: max(loop(n) for _ in range(5)) for n in {1, threads}}
-    return Ceilings(rates[threads], rates[1], "a loop of 12 multiply-adds, compiled for this processor", sgemm, copy)
+    return Ceilings(
+        rates[threads], rates[1], "a loop of 12 multiply-adds, compiled for this processor", sgemm, copy, idle
+    )
 
 
 def _with_threads(threads: int, run: Callable[[], float]) -> float:
@@ -120,6 +140,19 @@ def _copy(device: str) -> float:
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / _best(lambda: target.copy_(source), device) / 1e9
+
+
+def _idle() -> float:
+    data = torch.ones(2**22)
+
+    def seconds(pause: float) -> float:
+        time.sleep(pause)
+        began = time.perf_counter()
+        data.sum()
+        return time.perf_counter() - began
+
+    seconds(0)
+    return statistics.median(seconds(0.1) for _ in range(5)) / statistics.median(seconds(0) for _ in range(5))
 
 
 def _fma_loop() -> Callable[[int], float] | None:

@@ -255,6 +255,7 @@ def finish(current: Run, default: Record | None, after: ceilings.Ceilings) -> No
             f"The FMA peak was {record.ceilings.fma:.0f} GFLOP/s at the start and {after.fma:.0f} at the end: "
             "the machine was busy or changed its clock, so shares are uncertain by as much.\n"
         )
+    print("".join(f"{line}\n" for line in record.ceilings.warnings()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

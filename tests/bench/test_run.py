@@ -36,6 +36,7 @@ def test_a_run_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert picture.stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "FMA peak            100 GFLOP/s" in printed
+    assert "left alone for 0.1 s" not in printed
     assert "| main, forward against peer | 18 | 32 | " in printed
 
 
