@@ -25,6 +25,9 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
 extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
@@ -136,7 +139,6 @@ inline void make_context(Context& context, char* stack, size_t bytes, void (*fun
 
 struct Fiber {
   Context context;
-  std::unique_ptr<char[]> stack;
   Block* block = nullptr;
   dim3 thread, index;
   Barrier* waits_at = nullptr;
@@ -204,6 +206,13 @@ struct Unseen {
   Unseen() {}
   ~Unseen() {}
 };
+#endif
+
+// A fiber that ended left what AddressSanitizer knows of its last frames.
+#if defined(__SANITIZE_ADDRESS__)
+inline void asan_clear(void* at, size_t bytes) { __asan_unpoison_memory_region(at, bytes); }
+#else
+inline void asan_clear(void*, size_t) {}
 #endif
 
 inline Fiber* running = nullptr;
@@ -286,18 +295,30 @@ CUDA_HOST_UNSEEN inline void end() {
   switch_to_scheduler();
 }
 
-inline void fiber_main() {
+CUDA_HOST_UNSEEN inline void fiber_main() {
+  tsan_acquire(launch);
   launch->kernel();
   if (!current()->copies.empty()) fail("a thread ended before its asynchronous copies");
   tsan_release(launch);
   end();
 }
 
-inline void start(Fiber& fiber) {
-  constexpr size_t stack_bytes = 64 * 1024;
-  fiber.stack.reset(new char[stack_bytes]);
-  make_context(fiber.context, fiber.stack.get(), stack_bytes, fiber_main);
-  fiber.tsan = tsan_create();
+// What the first fibers of a launch leave to those of the next: to make it anew takes sanitizers longer than small kernels
+// run. ThreadSanitizer has room for 8128 fibers, of all libraries together.
+struct Home {
+  static constexpr size_t bytes = 64 * 1024;
+  std::unique_ptr<char[]> stack{new char[bytes]};
+  void* tsan = tsan_create();
+};
+inline std::vector<Home> homes;
+constexpr size_t kept_homes = 320;
+
+inline void start(Fiber& fiber, size_t number) {
+  if (number == homes.size()) homes.emplace_back();
+  Home& home = homes[number];
+  asan_clear(home.stack.get(), Home::bytes);
+  make_context(fiber.context, home.stack.get(), Home::bytes, fiber_main);
+  fiber.tsan = home.tsan;
 }
 
 CUDA_HOST_UNSEEN inline bool can_run(const Fiber& fiber) {
@@ -349,15 +370,14 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared, bool cooperative, s
       fiber.block = &block;
       fiber.thread = dim3(t, 0, 0);
       fiber.index = dim3(b, 0, 0);
-      start(fiber);
+      start(fiber, fibers.size());
       fibers.push_back(&fiber);
     }
   }
+  tsan_release(&own);
   run(fibers);
   tsan_acquire(&own);
-  for (Block& block : blocks) {
-    for (Fiber& fiber : block.fibers) tsan_destroy(fiber.tsan);
-  }
+  for (; homes.size() > kept_homes; homes.pop_back()) tsan_destroy(homes.back().tsan);
   launch = nullptr;
 }
 
