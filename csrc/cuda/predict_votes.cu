@@ -1,8 +1,10 @@
 // predict_votes: û_ije = Σ_d u_id W_ijde, and its gradients. caps_kernels/ops/predict_votes has the mathematics.
 //
-// Columns (j, e) are handled in packs of n. A thread of `forward` has one pack of one lower capsule and kBatch samples; a
-// warp of `backward_u` has one lower capsule and a few samples, its lanes taking turns at the columns; a thread of
-// `backward_weight` has one pack of one type and goes over a chunk of that type's rows (b, p).
+// Columns (j, e) are handled in packs of n. A thread of `forward` has one pack of one lower capsule and kBatch samples. A
+// block of `backward` has all packs of one type, a thread each, and goes over a chunk of that type's rows (b, p): gû is
+// read once. Where packs are too few or too many for that, or numbers d too many, a warp of `backward_u` has one lower
+// capsule and a few samples, its lanes taking turns at the columns; and a thread of `backward_weight` has one pack of one
+// type and goes over a chunk of rows.
 #include <caps/gpu.h>
 
 namespace caps::gpu {
@@ -13,7 +15,8 @@ struct VotesArgs {
   View<3> u;           // [B, I, D]
   View<4> weight;      // [T, J, D, E]
   View<4> grad_votes;  // [B, I, J, E]; only in backward
-  void* out;           // votes [B, I, J, E], grad_u [B, I, D] or grad_weight [T, J, D, E], contiguous
+  void* out;           // votes [B, I, J, E], or in backward grad_u [B, I, D], contiguous
+  void* grad_weight;   // [T, J, D, E], contiguous
   void* partial;       // [chunks, T, J, D, E] in the type of sums, where there are several chunks
   int64_t chunk, chunks;  // rows of a chunk, and how many chunks
 };
@@ -72,19 +75,87 @@ __global__ void __launch_bounds__(kVotesThreads) votes_forward(const __grid_cons
   }
 }
 
-// Adds up each of `count` numbers over the lanes; lane l is left with the sums count / 32 · l … in x[0] ….
-template <int count, typename T>
-CAPS_DEVICE void sum_over_lanes(T (&x)[count]) {
-  static_assert(count % 32 == 0);
-  const int lane = int(threadIdx.x) % 32;
+// Adds up each of `count` numbers over the lanes; lane l is left with the sums count / 32 · l … in x[0] …. Steps are
+// arguments of a template so that numbers stay in registers.
+template <int count, int step = 16, typename T, int size>
+CAPS_DEVICE void sum_over_lanes(T (&x)[size]) {
+  static_assert(count % (2 * step) == 0);
+  constexpr int half = count / 2;
+  const bool upper = (int(threadIdx.x) % 32 & step) != 0;
 #pragma unroll
-  for (int half = count / 2, step = 16; step > 0; half /= 2, step /= 2) {
-    const bool upper = (lane & step) != 0;
+  for (int k = 0; k < half; ++k) {
+    const T kept = upper ? x[k + half] : x[k], sent = upper ? x[k] : x[k + half];
+    x[k] = kept + __shfl_xor_sync(0xffffffffu, sent, step);
+  }
+  if constexpr (step > 1) sum_over_lanes<half, step / 2>(x);
+}
+
+// Where the sums of a pack of grad_weight begin, for number d0 of D: in the result, or with those of its chunk.
+template <typename scalar_t, int n>
+CAPS_DEVICE void store_sums(const VotesArgs& args, int64_t type, int64_t chunk, int64_t c, int64_t d0,
+                            const Pack<Acc<scalar_t>, n> (&sums)[kDims]) {
+  using T = Acc<scalar_t>;
+  const int64_t D = args.u.size[2], J = args.weight.size[1], E = args.weight.size[3];
+  const int64_t j = c * n / E, e = c * n % E, at = ((type * J + j) * D + d0) * E + e;
 #pragma unroll
-    for (int k = 0; k < half; ++k) {
-      const T kept = upper ? x[k + half] : x[k], sent = upper ? x[k] : x[k + half];
-      x[k] = kept + __shfl_xor_sync(0xffffffffu, sent, step);
+  for (int d = 0; d < kDims; ++d) {
+    if (d0 + d >= D) continue;
+    if (args.chunks == 1) store<scalar_t, n>(static_cast<scalar_t*>(args.grad_weight) + at + d * E, sums[d]);
+    else store<T, n>(static_cast<T*>(args.partial) + chunk * args.weight.size[0] * J * D * E + at + d * E, sums[d]);
+  }
+}
+
+template <typename scalar_t, int n>
+__global__ void __launch_bounds__(kVotesThreads) votes_backward(const __grid_constant__ VotesArgs args) {
+  using T = Acc<scalar_t>;
+  constexpr int kRows = 32 / kDims;  // at a time: a number of grad_u for each lane
+  CAPS_SHARED(T, of_warps, 2 * kVotesThreads);
+  const int64_t I = args.u.size[1], D = args.u.size[2], E = args.weight.size[3], types = args.weight.size[0];
+  const int64_t columns = args.weight.size[1] * E / n, rows = args.u.size[0] * args.positions;
+  const int64_t c = threadIdx.x;
+  const int lane = int(threadIdx.x) % 32, warps = int(blockDim.x) / 32, r = lane / kDims, d_of_lane = lane % kDims;
+  for (int64_t item = blockIdx.x; item < types * args.chunks; item += gridDim.x) {
+    const int64_t type = item % types, chunk = item / types, begin = chunk * args.chunk;
+    const int64_t end = begin + args.chunk < rows ? begin + args.chunk : rows;
+    Pack<T, n> w[kDims] = {}, grad_weight[kDims] = {};
+    if (c < columns) {
+#pragma unroll
+      for (int d = 0; d < kDims; ++d) {
+        if (d < D) w[d] = load<n>(weights<n, scalar_t>(args, type, c) + d * args.weight.stride[2]);
+      }
     }
+    T* shared = of_warps;  // two halves by turns: one barrier is then enough
+    for (int64_t first = begin; first < end; first += kRows) {
+      T grad_u[kRows * kDims] = {};
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        if (c >= columns || first + k >= end) continue;
+        const int64_t b = (first + k) / args.positions, i = type * args.positions + (first + k) % args.positions;
+        const Pack<T, n> x = load<n>(column<n, scalar_t>(args.grad_votes, b, i, c, E));
+        const scalar_t* u = inputs<scalar_t>(args, b, i);
+#pragma unroll
+        for (int d = 0; d < kDims; ++d) {
+          const T factor = d < D ? widen(u[d * args.u.stride[2]]) : T(0);
+#pragma unroll
+          for (int v = 0; v < n; ++v) {
+            grad_weight[d][v] += factor * x[v];
+            grad_u[k * kDims + d] += w[d][v] * x[v];
+          }
+        }
+      }
+      sum_over_lanes<kRows * kDims>(grad_u);
+      shared[threadIdx.x] = grad_u[0];
+      __syncthreads();
+      if (int(threadIdx.x) < 32 && first + r < end && d_of_lane < D) {
+        T sum = 0;
+        for (int warp = 0; warp < warps; ++warp) sum += shared[warp * 32 + lane];
+        const int64_t b = (first + r) / args.positions, i = type * args.positions + (first + r) % args.positions;
+        static_cast<scalar_t*>(args.out)[(b * I + i) * D + d_of_lane] = narrow<scalar_t>(sum);
+      }
+      shared = shared == of_warps ? of_warps + kVotesThreads : of_warps;
+    }
+    if (c < columns) store_sums<scalar_t, n>(args, type, chunk, c, 0, grad_weight);
+    __syncthreads();  // the next item begins with the first half
   }
 }
 
@@ -119,7 +190,7 @@ __global__ void __launch_bounds__(kVotesThreads) votes_backward_u(const __grid_c
         }
       }
     }
-    sum_over_lanes(sum);
+    sum_over_lanes<kBatch * kDims>(sum);
     constexpr int each = kBatch * kDims / 32;
 #pragma unroll
     for (int k = 0; k < each; ++k) {
@@ -154,13 +225,7 @@ __global__ void __launch_bounds__(kVotesThreads) votes_backward_weight(const __g
         for (int k = 0; k < n; ++k) sum[d][k] += factor * x[k];
       }
     }
-    const int64_t j = c * n / E, e = c * n % E, at = ((type * J + j) * D + d0) * E + e;
-#pragma unroll
-    for (int d = 0; d < kDims; ++d) {
-      if (d >= dims) continue;
-      if (args.chunks == 1) store<scalar_t, n>(static_cast<scalar_t*>(args.out) + at + d * E, sum[d]);
-      else store<T, n>(static_cast<T*>(args.partial) + chunk * types * J * D * E + at + d * E, sum[d]);
-    }
+    store_sums<scalar_t, n>(args, type, chunk, c, d0, sum);
   }
 }
 
@@ -173,7 +238,7 @@ __global__ void __launch_bounds__(kVotesThreads) votes_add_chunks(const __grid_c
   for (int64_t k = int64_t(blockIdx.x) * kVotesThreads + threadIdx.x; k < size; k += step) {
     T sum = 0;
     for (int64_t chunk = 0; chunk < args.chunks; ++chunk) sum += static_cast<const T*>(args.partial)[chunk * size + k];
-    static_cast<scalar_t*>(args.out)[k] = narrow<scalar_t>(sum);
+    static_cast<scalar_t*>(args.grad_weight)[k] = narrow<scalar_t>(sum);
   }
 }
 
@@ -188,6 +253,9 @@ namespace {
 
 // Threads that fill a large GPU, and rows after which a sum is left to a chunk of its own, for its digits.
 constexpr int64_t kFullGpu = 128 * 1024, kLeastRows = 32, kMostRows = 1024;
+
+// Packs of a row for which a warp is worth while in `backward`.
+constexpr int64_t kLeastColumns = 16;
 
 Grid blocks_for(int64_t items, int64_t items_a_block) {
   return {std::min(kMaxBlocks, (items + items_a_block - 1) / items_a_block), kVotesThreads};
@@ -234,22 +302,26 @@ std::tuple<Tensor, Tensor> predict_votes_bwd(Tensor grad_votes, Tensor u, Tensor
   const int64_t B = u.size(0), I = u.size(1), slices = (D + kDims - 1) / kDims, rows = B * positions;
   Tensor grad_u = empty(u, {B, I, D}), grad_weight = empty(weight, {T, J, D, E});
   dispatch_packs(u, args.weight, &args.grad_votes, [&]<typename scalar_t, int n>() {
-    constexpr int batch = n > 4 ? 4 : 8;
-    args.out = grad_u.mutable_data_ptr();
-    const int64_t items = I * slices * ((B + batch - 1) / batch);
-    gpu.launch(votes_backward_u<scalar_t, n, batch>, blocks_for(items, kVotesThreads / 32), args);
-
     // The packs are counted as if they were wide, so that the sums are the same for all strides.
     const int64_t packs = T * slices * std::max<int64_t>(1, J * E / kWide<scalar_t>);
     const int64_t wanted = std::min(kFullGpu / packs, (rows + kLeastRows - 1) / kLeastRows);
     const int64_t chunks = std::max<int64_t>({1, wanted, (rows + kMostRows - 1) / kMostRows});
     args.chunk = std::max<int64_t>(1, (rows + chunks - 1) / chunks);
     args.chunks = std::max<int64_t>(1, (rows + args.chunk - 1) / args.chunk);
-    args.out = grad_weight.mutable_data_ptr();
+    args.out = grad_u.mutable_data_ptr();
+    args.grad_weight = grad_weight.mutable_data_ptr();
     Tensor partial = empty(u, {args.chunks > 1 ? args.chunks : 0, T * J * D * E}, accumulation_type(u));
     args.partial = partial.mutable_data_ptr();
-    gpu.launch(votes_backward_weight<scalar_t, n>, blocks_for(T * slices * (J * E / n) * args.chunks, kVotesThreads),
-               args);
+    const int64_t columns = J * E / n;
+    if (slices == 1 && columns >= kLeastColumns && columns <= kVotesThreads) {
+      const Grid grid{std::min(kMaxBlocks, T * args.chunks), int(columns + 31) / 32 * 32};
+      gpu.launch(votes_backward<scalar_t, n>, grid, args);
+    } else {
+      constexpr int batch = n > 4 ? 4 : 8;
+      const int64_t items = I * slices * ((B + batch - 1) / batch);
+      gpu.launch(votes_backward_u<scalar_t, n, batch>, blocks_for(items, kVotesThreads / 32), args);
+      gpu.launch(votes_backward_weight<scalar_t, n>, blocks_for(T * slices * columns * args.chunks, kVotesThreads), args);
+    }
     if (args.chunks > 1) gpu.launch(votes_add_chunks<scalar_t>, blocks_for(T * J * D * E, kVotesThreads), args);
   });
   return {grad_u, grad_weight};

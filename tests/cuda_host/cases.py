@@ -18,6 +18,10 @@ TILES = (
     *(predict_votes(f"columns-{j}x{e}", 3, 4, j, 2, e) for j, e in ((2, 8), (9, 16), (5, 7), (33, 8))),
     # Dimensions of a slice: 8.
     *(predict_votes(f"dims-{d}", 3, 5, 2, d, 4) for d in (7, 8, 9, 17)),
+    # Both gradients at once: 16 … 256 packs, 8 dimensions, rows of a chunk and 4 at a time.
+    *(predict_votes(f"together-{b}x{j}x{d}", b, 3, j, d, 1) for b, j, d in ((3, 15, 2), (4, 16, 8), (5, 17, 9))),
+    *(predict_votes(f"together-{j}", 2, 2, j, 2, 1) for j in (256, 257)),
+    predict_votes("together-rows", 5, 26, 10, 8, 16, positions=13),
     # Rows of a chunk of grad_weight: 32.
     *(predict_votes(f"rows-{b * p}", b, 2 * p, 1, 2, 4, positions=p) for b, p in ((4, 8), (3, 11), (5, 13))),
     predict_votes("rows-1025", 25, 41, 1, 1, 1, positions=41),

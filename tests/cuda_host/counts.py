@@ -38,14 +38,18 @@ class Pass:
 def passes(b: int = 128, i: int = 1152, j: int = 10, d: int = 8, e: int = 16, r: int = 3) -> list[Pass]:
     """The passes of the three ops of given votes, at the sizes of the 2017 network by default."""
     u, weight, votes = b * i * d, i * j * d * e, b * i * j * e
+    chunks = max(
+        1, min(2**17 * 4 // (i * j * e), -(-b // 32))
+    )  # of the rows of grad_weight, as predict_votes.cu cuts them
+    parts = chunks * weight if chunks > 1 else 0
     return [
         Pass("squash forward", "1", 2 * u, 2 * u, 6 * u),
         Pass("squash backward", "1", 3 * u, 3 * u, 11 * u),
         Pass("predict_votes forward", "1", u + weight + votes, u + weight + votes, 2 * votes * d),
         Pass(
             "predict_votes backward",
-            "2 or 3",
-            2 * votes + 2 * u + 2 * weight,
+            "1 or 2",
+            votes + 2 * u + 2 * weight + 2 * parts,
             votes + 2 * u + 2 * weight,
             4 * votes * d,
         ),

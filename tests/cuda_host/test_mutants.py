@@ -40,6 +40,7 @@ SYNC = "    __syncthreads();\n"
 ONE_SUM = ("sums + sharer * size + column", "sums + column")
 REST = "end - i < args.tile ? end - i"
 BATCH = "B - first < kBatch ? B - first"
+ONE_U = "shared[threadIdx.x] = grad_u[0];\n"
 WAIT = "else async_wait<2>();"
 FETCH = "    fetch(at_ + stages_ - 1);\n"
 NEXT = f"{SYNC}    forget();\n{FETCH}"
@@ -69,6 +70,9 @@ MUTANTS = (
         "",
         WRONG,
     ),
+    Mutant(VOTES, "a row of both left out", "first + k >= end", "first + k >= end - 1", "together-rows", "", WRONG),
+    Mutant(VOTES, "no barrier between warps", f"{ONE_U}  {SYNC}", ONE_U, "together-rows", "thread", RACE),
+    Mutant(VOTES, "one half for all steps", "shared == of_warps ?", "false ?", "together-rows", "thread", RACE),
     Mutant(VOTES, "packs that do not divide E", "view.size[dim] % n != 0 ||", "", "ones", "", WRONG),
     Mutant(ROUTING, "no barrier before the softmax", f"{SYNC}    softmax", "    softmax", "plain", "thread", RACE),
     Mutant(ROUTING, "no barrier after the softmax", f"gb, count);\n{SYNC}", "gb, count);\n", "plain", "thread", RACE),

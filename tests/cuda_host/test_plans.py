@@ -32,6 +32,9 @@ def launches(case: Case, **settings: int) -> int:
         (squash("empty", 0, 4), {}, 0),
         (predict_votes("plain", 3, 4, 2, 3, 5), {}, 3),
         (predict_votes("chunks", 5, 26, 1, 2, 4, positions=13), {}, 4),
+        # One for both gradients, and one for the sums of chunks.
+        (predict_votes("together", 3, 4, 4, 3, 16), {}, 2),
+        (predict_votes("together-chunks", 5, 26, 4, 2, 16, positions=13), {}, 3),
         # Forward and backward of a launch each; grad_bias joins samples, for which blocks of whole samples cannot wait.
         (SPLIT, {}, 2),
         (SAMPLES, {}, 3),
