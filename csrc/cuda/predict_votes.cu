@@ -172,21 +172,21 @@ __global__ void __launch_bounds__(kVotesThreads) votes_backward_u(const __grid_c
     const int count = int(B - first < kBatch ? B - first : kBatch), dims = int(D - d0 < kDims ? D - d0 : kDims);
     T sum[kBatch * kDims] = {};
     for (int64_t c = lane; c < columns; c += 32) {
-      const scalar_t* from = weights<n, scalar_t>(args, i / args.positions, c) + d0 * args.weight.stride[2];
-      Pack<T, n> w[kDims] = {};
-#pragma unroll
-      for (int d = 0; d < kDims; ++d) {
-        if (d < dims) w[d] = load<n>(from + d * args.weight.stride[2]);
-      }
+      const scalar_t* w = weights<n, scalar_t>(args, i / args.positions, c) + d0 * args.weight.stride[2];
       const scalar_t* g = column<n, scalar_t>(args.grad_votes, first, i, c, E);
+      Pack<T, n> x[kBatch] = {};
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (b >= count) continue;
-        const Pack<T, n> x = load<n>(g + b * args.grad_votes.stride[0]);
+        if (b < count) x[b] = load<n>(g + b * args.grad_votes.stride[0]);
+      }
 #pragma unroll
-        for (int d = 0; d < kDims; ++d) {
+      for (int d = 0; d < kDims; ++d) {
+        if (d >= dims) continue;
+        const Pack<T, n> w_d = load<n>(w + d * args.weight.stride[2]);
 #pragma unroll
-          for (int k = 0; k < n; ++k) sum[b * kDims + d] += w[d][k] * x[k];
+        for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+          for (int k = 0; k < n; ++k) sum[b * kDims + d] += w_d[k] * x[b][k];
         }
       }
     }
