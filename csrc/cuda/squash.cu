@@ -13,7 +13,8 @@ struct SquashArgs {
   int width;          // lanes of a row
 };
 
-constexpr int kSquashThreads = 256;
+// Threads of a block, and blocks of rows that share a processor at least: not so many that registers are spilled.
+constexpr int kSquashThreads = 256, kSquashBlocks = 4;
 
 template <typename scalar_t>
 CAPS_DEVICE scalar_t* at(const View<3>& view, int64_t outer, int64_t inner) {
@@ -23,7 +24,7 @@ CAPS_DEVICE scalar_t* at(const View<3>& view, int64_t outer, int64_t inner) {
 // Rows of E consecutive numbers, each across `width` lanes that hold n consecutive numbers at a time; inner is 1. Where a lane holds
 // no more than n numbers of its row (`single`), they stay in registers between the two sums and the result.
 template <typename scalar_t, int n, bool backward, bool single>
-__global__ void __launch_bounds__(kSquashThreads) squash_rows(const __grid_constant__ SquashArgs args) {
+__global__ void __launch_bounds__(kSquashThreads, kSquashBlocks) squash_rows(const __grid_constant__ SquashArgs args) {
   using T = Acc<scalar_t>;
   const int64_t E = args.s.size[1], rows = args.s.size[0];
   const int lane = int(threadIdx.x) % args.width;
