@@ -17,18 +17,21 @@ namespace {
 template <typename Tile>
 constexpr int kMaxThreads = 32 * Tile::kWarps;
 
+// Counts the items of a launch. Tiles, which are for fewer than 2^30 samples and lower capsules, have no register to spare.
+template <typename Tile>
+using Item = std::conditional_t<is_plain<Tile>, int64_t, int>;
+
 // f(tile of samples, chunk) for the items of this block.
-template <typename F>
+template <typename Tile, typename F>
 CAPS_DEVICE void for_items(const DenseArgs& args, const F& f) {
-  for (int64_t item = blockIdx.x; item < args.tiles * args.chunks; item += gridDim.x) {
-    f(int(item % args.tiles), item / args.tiles);
-  }
+  const Item<Tile> tiles = args.tiles, items = tiles * args.chunks;
+  for (Item<Tile> item = blockIdx.x; item < items; item += Item<Tile>(gridDim.x)) f(int(item % tiles), item / tiles);
 }
 
 // f(step) for the steps of a launch.
 template <typename F>
 CAPS_DEVICE void for_steps(const DenseArgs& args, const F& f) {
-  for (int64_t step = args.begin; step < args.end; ++step) {
+  for (int step = args.begin; step < args.end; ++step) {
     if (step > args.begin) grid_barrier();
     f(step);
   }
@@ -39,9 +42,9 @@ template <typename Tile>
 __global__ void __launch_bounds__(kMaxThreads<Tile>, Tile::kBlocks) dense_forward(const __grid_constant__ DenseArgs args) {
   using Sums = DenseSums<typename Tile::scalar_t>;
   const auto steps = [&](const auto& route) {
-    for_steps(args, [&](int64_t step) {
+    for_steps(args, [&](int step) {
       if (step % 2) return Sums(args).finish_iteration(step / 2);
-      for_items(args, [&](int tile, int64_t chunk) { route(tile, chunk, step / 2); });
+      for_items<Tile>(args, [&](int tile, int64_t chunk) { route(tile, chunk, step / 2); });
     });
   };
   if constexpr (is_plain<Tile>) {
@@ -59,11 +62,11 @@ template <typename Tile>
 __global__ void __launch_bounds__(kMaxThreads<Tile>, 1) dense_backward(const __grid_constant__ DenseArgs args) {
   using Sums = DenseSums<typename Tile::scalar_t>;
   const auto steps = [&](const auto& route) {
-    for_steps(args, [&](int64_t step) {
+    for_steps(args, [&](int step) {
       const int64_t t = args.iterations - (step + 1) / 2;
       if (step == 0) Sums(args).start_backward();
       else if (step % 2 == 0) Sums(args).finish_backward(t);
-      else for_items(args, [&](int tile, int64_t chunk) { route(tile, chunk, t); });
+      else for_items<Tile>(args, [&](int tile, int64_t chunk) { route(tile, chunk, t); });
     });
   };
   if constexpr (is_plain<Tile>) {
@@ -83,9 +86,9 @@ __global__ void __launch_bounds__(kMaxThreads<Tile>, 1) dense_gradients(const __
   using T = typename Tile::T;
   using Sums = DenseSums<typename Tile::scalar_t>;
   const auto steps = [&](const auto& gradients) {
-    for_steps(args, [&](int64_t step) {
+    for_steps(args, [&](int step) {
       if (step == 1) return Sums(args).add_weight_parts();
-      for (int64_t item = blockIdx.x; item < args.groups + Sums::bias_items(args); item += gridDim.x) {
+      for (Item<Tile> item = blockIdx.x; item < args.groups + Sums::bias_items(args); item += Item<Tile>(gridDim.x)) {
         if (item < args.groups) gradients(item);
         else Sums(args).bias_gradient(item - args.groups, reinterpret_cast<T*>(shared));
       }
@@ -133,10 +136,10 @@ auto with_tile(const Gpu& gpu, const Tensor& u, DenseArgs& a, const F& f) {
 }
 
 // Does steps begin … end - 1 in one cooperative launch, or one after the other.
-void launch_steps(const Gpu& gpu, void (*kernel)(DenseArgs), Grid grid, DenseArgs& a, int64_t end) {
+void launch_steps(const Gpu& gpu, void (*kernel)(DenseArgs), Grid grid, DenseArgs& a, int end) {
   const int64_t items = grid.blocks, resident = end > 1 ? gpu.resident_blocks(kernel, grid) : items;
   if (end == 1 || resident == 0) {
-    for (int64_t step = 0; step < end; ++step) {
+    for (int step = 0; step < end; ++step) {
       a.begin = step;
       a.end = step + 1;
       gpu.launch(kernel, grid, a);
@@ -173,6 +176,18 @@ PlanNumbers dense_capsules_plan(Tensor u, Tensor weight, int64_t positions, int6
   });
 }
 
+// Bytes of shared memory of a block in forward, in the passes of backward and in the gradients, on a GPU that has room
+// for every tile. No GPU is asked, so that the tensors may be of any device, or without memory.
+std::tuple<int64_t, int64_t, int64_t> dense_capsules_shared(Tensor u, Tensor weight, int64_t positions) {
+  DenseArgs a = common_args(u, weight, {}, positions, 1, false, false);
+  return dispatch_floating(dtype_of(u), [&]<typename scalar_t>() {
+    return with_tile_of<scalar_t>(a, kSharedBytes, [&]<typename Tile>() {
+      const Plan p = plan<Tile>(a);
+      return std::tuple{p.forward_bytes, p.backward_bytes, p.gradient_bytes};
+    });
+  });
+}
+
 Results dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, int64_t positions, int64_t iterations,
                            bool leaky, bool return_coupling) {
   const Gpu gpu("dense_capsules", u);
@@ -189,7 +204,7 @@ Results dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
     Tensor scratch = empty(u, {(a.chunks + 1) * B * J * E}, accumulation_type(u));
     a.partial = scratch.mutable_data_ptr();
     a.V = static_cast<typename Tile::T*>(a.partial) + a.chunks * B * J * E;
-    launch_steps(gpu, dense_forward<Tile>, {a.tiles * a.chunks, p.threads, p.forward_bytes}, a, 2 * iterations);
+    launch_steps(gpu, dense_forward<Tile>, {a.tiles * a.chunks, p.threads, p.forward_bytes}, a, 2 * int(iterations));
   });
   return {v, s, coupling};
 }
@@ -228,7 +243,7 @@ Results dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optional
     T* memory = static_cast<T*>(scratch.mutable_data_ptr());
     for (int n = 0; n < 6; memory += ceil_div(sizes[n], 4) * 4, ++n) *places[n] = sizes[n] ? memory : nullptr;
     const Grid passes_grid{std::max(a.tiles * a.chunks, ceil_div(B * J, p.threads / 32)), p.threads, p.backward_bytes};
-    launch_steps(gpu, dense_backward<Tile>, passes_grid, a, 1 + 2 * passes);
+    launch_steps(gpu, dense_backward<Tile>, passes_grid, a, 1 + 2 * int(passes));
     launch_steps(gpu, dense_gradients<Tile>, grid, a, in_parts ? 2 : 1);
   });
   return {grad_u, grad_weight, grad_bias};
@@ -246,12 +261,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(CAPS_GPU_OPS, m) {
   m.def(
       "dense_capsules_plan(Tensor u, Tensor weight, int positions, int iterations) -> "
       "(int, int, int, bool, bool, int, int, int, int, int)");
+  m.def("dense_capsules_shared(Tensor u, Tensor weight, int positions) -> (int, int, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(CAPS_GPU_OPS, CAPS_GPU_KEY, m) {
   m.impl("dense_capsules_fwd", TORCH_BOX(&dense_capsules_fwd));
   m.impl("dense_capsules_bwd", TORCH_BOX(&dense_capsules_bwd));
   m.impl("dense_capsules_plan", TORCH_BOX(&dense_capsules_plan));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(CAPS_GPU_OPS, CompositeExplicitAutograd, m) {
+  m.impl("dense_capsules_shared", TORCH_BOX(&dense_capsules_shared));
 }
 
 }  // namespace caps::gpu

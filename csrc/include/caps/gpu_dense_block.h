@@ -42,25 +42,20 @@ class DenseBlock {
   using S = typename Tile::scalar_t;
   using T = typename Tile::T;
   static constexpr int kLanes = Tile::kLanes, kRows = Tile::kRows, kWidth = Tile::kWidth, kParents = Tile::kParents;
-  static constexpr int kVec = Tile::kVec, kUnit = DenseLayout<Tile>::kUnit;
+  static constexpr int kVec = Tile::kVec, kUnit = Tile::kUnit;
   // A number for each parent, sample and e of a thread.
   using Values = T[kParents][kRows][kWidth];
   using Scores = T[kParents][kRows];
 
   const DenseArgs& args;
-  const DenseLayout<Tile> layout;
+  const DenseLayout& layout;
   int thread, warp, row0, e_lane;
 
   CAPS_DEVICE DenseBlock(const DenseArgs& a, unsigned char* shared)
-      : args(a),
-        layout(a.weight.size[1], a.weight.size[2], a.weight.size[3]),
-        stages_(int(a.stages)),
-        weights_(reinterpret_cast<S*>(shared)),
-        us_(weights_ + stages_ * layout.weight_size),
-        scores_(reinterpret_cast<T*>(us_ + stages_ * layout.u_size)) {
+      : args(a), layout(a.layout), stages_(a.stages), shared_(shared) {
     forget();
     // What pads D and E stays zero: copies never reach it.
-    for (int n = thread; n < stages_ * (layout.weight_size + layout.u_size); n += int(blockDim.x)) weights_[n] = S{};
+    for (int n = 4 * thread; n < layout.scores_at; n += 4 * int(blockDim.x)) memory<uint32_t>(n)[0] = 0;
     __syncthreads();
   }
 
@@ -83,9 +78,9 @@ class DenseBlock {
   CAPS_DEVICE bool has(int k) const { return parent(k) < layout.J; }
   CAPS_DEVICE int64_t sample(int tile, int m) const { return int64_t(tile) * Tile::kSamples + row(m); }
   CAPS_DEVICE T uniform() const { return 1 / T(layout.J + (args.leaky ? 1 : 0)); }
-  CAPS_DEVICE T* scores(int which) { return scores_ + which * layout.score_size; }
+  CAPS_DEVICE T* scores(int which) { return memory<T>(layout.scores_at) + which * layout.score_size; }
   // What lies behind the scores.
-  CAPS_DEVICE T* rest() { return scores_ + 2 * layout.score_size; }
+  CAPS_DEVICE T* rest() { return memory<T>(layout.rest_at); }
 
   // Begins to fetch the first lower capsules of a walk. All that were fetched before have been used.
   CAPS_DEVICE void start(const Walk& walk) {
@@ -94,6 +89,9 @@ class DenseBlock {
     __syncthreads();
     for (int n = 0; n < stages_ - 1; ++n) fetch(n);
   }
+
+  // Whether there is a next lower capsule.
+  CAPS_DEVICE bool more() const { return at_ + 1 < walk_.count * walk_.tiles; }
 
   // Goes to the next lower capsule, whose W and u are then there for all, and fetches one more.
   CAPS_DEVICE void next() {
@@ -111,9 +109,12 @@ class DenseBlock {
     forget();
   }
 
-  CAPS_DEVICE const S* weight() const { return weights_ + stage(matrix(at_)) * layout.weight_size; }
-  CAPS_DEVICE const S* u() const { return us_ + stage(at_) * layout.u_size; }
-  CAPS_DEVICE int capsule() const { return walk_.i0 + at_ % walk_.count; }
+  CAPS_DEVICE const S* weight() const { return memory<S>(0) + stage(matrix(at_)) * layout.weight_size; }
+  CAPS_DEVICE const S* u() const { return memory<S>(layout.u_at) + stage(at_) * layout.u_size; }
+  // The capsule, its number among those of the walk, how many these are, and the tile of samples.
+  CAPS_DEVICE int capsule() const { return walk_.i0 + in_group(); }
+  CAPS_DEVICE int in_group() const { return at_ % walk_.count; }
+  CAPS_DEVICE int group_size() const { return walk_.count; }
   CAPS_DEVICE int tile() const { return walk_.tile0 + at_ / walk_.count; }
 
   // x += û
@@ -291,6 +292,12 @@ class DenseBlock {
   static CAPS_DEVICE Pack<T, kVec> pack_of(const T* from) { return pack_of<kVec>(from); }
 
  private:
+  // What begins after so many bytes of shared memory.
+  template <typename U>
+  CAPS_DEVICE U* memory(int bytes) const {
+    return reinterpret_cast<U*>(shared_ + bytes);
+  }
+
   CAPS_DEVICE int stage(int n) const { return n & (stages_ - 1); }
 
   // How many matrices come before that of capsule n of the walk. A walk over several tiles is over capsules that share a
@@ -310,13 +317,12 @@ class DenseBlock {
     async_commit();
   }
 
-  // `rows` rows of `size` numbers into shared memory, by whole 16 bytes where `wide`; from(row) is where one begins, and
-  // null where there is none and zeros are wanted.
+  // `rows` rows of `size` numbers into shared memory, `lanes` to a row, by whole 16 bytes where `wide`; from(row) is where
+  // one begins, and null where there is none and zeros are wanted.
   template <typename F>
-  CAPS_DEVICE void fetch_rows(S* to, int to_row, int rows, int size, int64_t stride, bool wide, const F& from) const {
+  CAPS_DEVICE void fetch_rows(S* to, int to_row, int rows, int size, int64_t stride, bool wide, int lanes,
+                              const F& from) const {
     const int pieces = wide ? size / kUnit : size;
-    int lanes = 1;
-    while (lanes < pieces && lanes < 32) lanes *= 2;
     for (int r = thread / lanes; r < rows; r += int(blockDim.x) / lanes) {
       const S* row = from(r);
       for (int n = thread % lanes; n < pieces; n += lanes) {
@@ -329,15 +335,15 @@ class DenseBlock {
   CAPS_DEVICE void fetch_weight(int64_t matrix, int stage) const {
     const auto& w = args.weight;
     const S* from = static_cast<const S*>(w.data) + matrix * w.stride[0];
-    S* to = weights_ + stage * layout.weight_size;
-    constexpr int to_row = DenseLayout<Tile>::kWeightRow;
+    S* to = memory<S>(0) + stage * layout.weight_size;
+    constexpr int to_row = Tile::kWeightRow;
     if (layout.depth == layout.D && w.stride[1] == layout.D * w.stride[2]) {
-      fetch_rows(to, to_row, layout.J * layout.D, layout.E, w.stride[3], args.wide_weight,
+      fetch_rows(to, to_row, layout.J * layout.D, layout.E, w.stride[3], args.wide_weight, args.weight_lanes,
                  [&](int r) { return from + r * w.stride[2]; });
     } else {
       for (int j = 0; j < layout.J; ++j) {
         fetch_rows(to + j * layout.depth * to_row, to_row, layout.D, layout.E, w.stride[3], args.wide_weight,
-                   [&](int r) { return from + j * w.stride[1] + r * w.stride[2]; });
+                   args.weight_lanes, [&](int r) { return from + j * w.stride[1] + r * w.stride[2]; });
       }
     }
   }
@@ -346,7 +352,8 @@ class DenseBlock {
     const auto& u = args.u;
     const int64_t first = tile * Tile::kSamples;
     const S* from = static_cast<const S*>(u.data) + i * u.stride[1];
-    fetch_rows(us_ + stage * layout.u_size, layout.u_row, Tile::kSamples, layout.D, u.stride[2], args.wide_u,
+    S* to = memory<S>(layout.u_at) + stage * layout.u_size;
+    fetch_rows(to, layout.u_row, Tile::kSamples, layout.D, u.stride[2], args.wide_u, args.u_lanes,
                [&](int r) { return first + r < u.size[0] ? from + (first + r) * u.stride[0] : nullptr; });
   }
 
@@ -361,7 +368,7 @@ class DenseBlock {
         if (!has(k)) continue;
 #pragma unroll
         for (int d = 0; d < kUnit; ++d) {
-          const S* at = w + (parent(k) * layout.depth + d0 + d) * DenseLayout<Tile>::kWeightRow + e_lane * kVec;
+          const S* at = w + (parent(k) * layout.depth + d0 + d) * Tile::kWeightRow + e_lane * kVec;
 #pragma unroll
           for (int n = 0; n < kWidth; n += kVec) {
             const Pack<T, kVec> w_e = load<kVec>(at + n * kLanes);
@@ -389,12 +396,12 @@ class DenseBlock {
 #pragma unroll
       for (int k = 0; k < kParents; ++k) {
         if (!has(k)) continue;
-        const S* at = w + (parent(k) * layout.depth + d0) * DenseLayout<Tile>::kWeightRow;
+        const S* at = w + (parent(k) * layout.depth + d0) * Tile::kWeightRow;
 #pragma unroll
         for (int n = 0; n < kWidth; n += 4) {
           // Two squares of 8 rows d and 8 numbers e.
           uint32_t w_d[2];
-          load_transposed(at + lane % 8 * DenseLayout<Tile>::kWeightRow + n * kLanes + lane / 8 % 2 * 8, w_d);
+          load_transposed(at + lane % 8 * Tile::kWeightRow + n * kLanes + lane / 8 % 2 * 8, w_d);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             T *upper = x[k][0] + n + 2 * half, *lower = x[k][1] + n + 2 * half;
@@ -411,8 +418,7 @@ class DenseBlock {
   }
 
   const int stages_;
-  S *const weights_, *const us_;
-  T* const scores_;
+  unsigned char* const shared_;
   const int positions_ = int(args.positions);
   Walk walk_{};
   int at_ = -1;

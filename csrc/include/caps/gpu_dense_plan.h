@@ -11,6 +11,13 @@ namespace caps::gpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Lanes of a warp, a power of 2, for so many pieces.
+inline int lanes_for(int64_t pieces) {
+  int lanes = 1;
+  while (lanes < pieces && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
 // Items that keep the GPU busy: two blocks for each of 132 processors.
 constexpr int64_t kItems = 264;
 constexpr int64_t kSharedBytes = 160 * 1024;  // that a block may take, as far as the GPU has them
@@ -40,8 +47,7 @@ struct DenseTiles<double> {
 };
 
 // Stages of shared memory: four where two blocks can share a processor even so, or else two; 0 where these do not fit.
-template <typename Tile>
-int64_t stages_of(const DenseLayout<Tile>& layout, int64_t limit) {
+inline int stages_of(const DenseLayout& layout, int64_t limit) {
   if (layout.gradient_bytes(4, 1) <= limit / 2) return 4;
   return layout.gradient_bytes(2, 1) <= limit ? 2 : 0;
 }
@@ -55,10 +61,12 @@ auto with_tile_of(DenseArgs& a, int64_t limit, const F& f) {
     return f.template operator()<DensePlain<scalar_t>>();
   } else {
     using Tile = std::tuple_element_t<row, Tiles>;
-    constexpr int64_t many = int64_t{1} << 31;
+    constexpr int64_t many = int64_t{1} << 30;
     const int64_t B = a.u.size[0], I = a.u.size[1], J = a.weight.size[1], D = a.weight.size[2], E = a.weight.size[3];
     if (E <= Tile::kE && J <= Tile::kWarps * Tile::kParents && D < 1024 && B < many && I < many) {
-      a.stages = stages_of(DenseLayout<Tile>(J, D, E), std::min(limit, kSharedBytes));
+      a.layout = DenseLayout::of<Tile>(J, D, E);
+      a.stages = stages_of(a.layout, std::min(limit, kSharedBytes));
+      a.layout.place(a.stages);
       if (a.stages > 0) return f.template operator()<Tile>();
     }
     return with_tile_of<scalar_t, row + 1>(a, limit, f);
@@ -68,17 +76,19 @@ auto with_tile_of(DenseArgs& a, int64_t limit, const F& f) {
 // Cuts a call into items.
 template <typename Tile>
 Plan plan(DenseArgs& a) {
-  const int64_t B = a.u.size[0], I = a.u.size[1], J = a.weight.size[1], D = a.weight.size[2], E = a.weight.size[3];
+  const int64_t B = a.u.size[0], I = a.u.size[1], J = a.weight.size[1], E = a.weight.size[3];
   const int64_t P = a.positions, types = I / P;
   Plan p{32 * Tile::kWarps, 0, 0, 32 * Tile::kWarps * int64_t(sizeof(typename Tile::T))};
+  a.all = B * J * E;
+  a.sum_lanes = lanes_for(E);
   a.tiles = ceil_div(B, Tile::kSamples);
   a.chunk = ceil_div(I, std::clamp<int64_t>(kItems / std::max<int64_t>(a.tiles, 1), 1, I));
   a.chunks = ceil_div(I, a.chunk);
   int64_t matrices = 1;  // whose sums a block of the gradients holds
   if constexpr (!is_plain<Tile>) {
     using S = typename Tile::scalar_t;
-    const DenseLayout<Tile> layout(J, D, E);
-    const int64_t bytes = layout.matrix() * int64_t(sizeof(typename Tile::T));
+    const DenseLayout& layout = a.layout;
+    const int64_t bytes = int64_t(layout.matrix) * layout.number_bytes;
     const int64_t room = std::min(kSharedBytes / 2, kSumBytes + layout.gradient_bytes(a.stages, 0));
     matrices = std::max<int64_t>(1, (room - layout.gradient_bytes(a.stages, 0)) / bytes);
     matrices = std::min(matrices, ceil_div(I, kItems));
@@ -87,6 +97,8 @@ Plan plan(DenseArgs& a) {
          layout.gradient_bytes(a.stages, matrices)};
     a.wide_u = can_load_wide(a.u, 2, kWide<S>);
     a.wide_weight = can_load_wide(a.weight, 3, kWide<S>);
+    a.u_lanes = lanes_for(a.wide_u ? layout.D / Tile::kUnit : layout.D);
+    a.weight_lanes = lanes_for(a.wide_weight ? layout.E / Tile::kUnit : layout.E);
   }
   a.part = P > 1 ? ceil_div(P, std::clamp<int64_t>(kItems / types, 1, P)) : matrices;
   a.parts = P > 1 ? ceil_div(P, a.part) : 1;

@@ -13,10 +13,7 @@ class DenseSums {
 
  public:
   CAPS_DEVICE explicit DenseSums(const DenseArgs& a)
-      : args_(a), J_(a.weight.size[1]), E_(a.weight.size[3]), vectors_(a.u.size[0] * J_) {
-    while (width_ < 32 && width_ < E_) width_ *= 2;
-    first_ = lane_ < width_ ? lane_ : E_;
-  }
+      : args_(a), J_(a.weight.size[1]), E_(a.weight.size[3]), vectors_(a.u.size[0] * J_), width_(a.sum_lanes) {}
 
   // s, v and V of iteration t from the partial sums.
   CAPS_DEVICE void finish_iteration(int64_t t) const {
@@ -158,8 +155,8 @@ class DenseSums {
   const DenseArgs& args_;
   const int64_t J_, E_, vectors_;
   const int lane_ = int(threadIdx.x) % 32;
-  int width_ = 1;   // lanes along e; the others hold other chunks
-  int64_t first_;   // the first number of this lane, or E
+  const int width_;                                    // lanes along e; the others hold other chunks
+  const int64_t first_ = lane_ < width_ ? lane_ : E_;  // the first number of this lane, or E
 };
 
 }  // namespace caps::gpu

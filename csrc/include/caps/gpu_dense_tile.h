@@ -23,14 +23,14 @@ CAPS_DEVICE void route(DenseBlock<Tile>& block, int tile, int64_t chunk, bool fi
   };
   block.start({int(i0), int(i1 - i0), tile, 1});
   if (first) {
-    for (int64_t i = i0; i < i1; ++i) {
+    while (block.more()) {
       block.next();
       block.votes(sums);
       if (coupling) block.for_scores([&](int r, int j) { put_coupling(r, j, block.uniform()); });
     }
   }
   const typename Block::Vectors V(block, static_cast<const T*>(args.V), tile);
-  for (int64_t i = first ? i1 : i0; i < i1; ++i) {
+  while (block.more()) {
     block.next();
     typename Block::Values x{};
     block.votes(x);
@@ -43,8 +43,7 @@ CAPS_DEVICE void route(DenseBlock<Tile>& block, int tile, int64_t chunk, bool fi
     block.add_scaled(sums, block.scores(0), x);
   }
   block.finish();
-  block.store_values(static_cast<T*>(args.partial) + chunk * args.u.size[0] * block.layout.J * block.layout.E, tile,
-                     sums);
+  block.store_values(static_cast<T*>(args.partial) + chunk * args.all, tile, sums);
 }
 
 // A pass of backward for iteration t: partial[chunk] of a tile becomes Σ gb û.
@@ -54,12 +53,11 @@ CAPS_DEVICE void route_backward(DenseBlock<Tile>& block, int tile, int64_t chunk
   using T = typename Tile::T;
   const DenseArgs& args = block.args;
   const int64_t I = args.u.size[1], i0 = chunk * args.chunk, i1 = i0 + args.chunk < I ? i0 + args.chunk : I;
-  const int64_t all = args.u.size[0] * block.layout.J * block.layout.E;
   typename Block::Values sums{};
-  const typename Block::Vectors V(block, static_cast<const T*>(args.V) + (t - 1) * all, tile);
-  const typename Block::Vectors g(block, static_cast<const T*>(args.g) + t * all, tile);
+  const typename Block::Vectors V(block, static_cast<const T*>(args.V) + (t - 1) * args.all, tile);
+  const typename Block::Vectors g(block, static_cast<const T*>(args.g) + t * args.all, tile);
   block.start({int(i0), int(i1 - i0), tile, 1});
-  for (int64_t i = i0; i < i1; ++i) {
+  while (block.more()) {
     block.next();
     typename Block::Values x{};
     block.votes(x);
@@ -74,7 +72,7 @@ CAPS_DEVICE void route_backward(DenseBlock<Tile>& block, int tile, int64_t chunk
     block.add_scaled(sums, block.scores(1), x);
   }
   block.finish();
-  block.store_values(static_cast<T*>(args.partial) + chunk * all, tile, sums);
+  block.store_values(static_cast<T*>(args.partial) + chunk * args.all, tile, sums);
 }
 
 // The gradients of u and of the matrices of a group of lower capsules: for each capsule and tile of samples û, the
@@ -87,8 +85,7 @@ class DenseGradients {
   using T = typename Tile::T;
 
  public:
-  CAPS_DEVICE explicit DenseGradients(Block& b)
-      : block_(b), args_(b.args), grad_u_(b.rest()), sums_(grad_u_ + b.warps() * Tile::kSamples * b.layout.depth) {}
+  CAPS_DEVICE explicit DenseGradients(Block& b) : block_(b), args_(b.args) {}
 
   // One group: `part` lower capsules, whose matrices are their own or one that they share.
   CAPS_DEVICE void run(int64_t group) {
@@ -96,39 +93,32 @@ class DenseGradients {
     const bool shared = P > 1;
     const int64_t type = group / args_.parts, end = shared ? (type + 1) * P : I;
     const int64_t i0 = shared ? type * P + group % args_.parts * args_.part : group * args_.part;
-    const int i1 = int(i0 + args_.part < end ? i0 + args_.part : end), matrices = shared ? 1 : i1 - int(i0);
-    const int64_t size = block_.layout.matrix();
+    const int i1 = int(i0 + args_.part < end ? i0 + args_.part : end);
     __syncthreads();
-    for (int64_t n = block_.thread; n < matrices * size; n += blockDim.x) sums_[n] = 0;
-    const int tiles = int(args_.tiles);
-    block_.start({int(i0), i1 - int(i0), 0, tiles});
-    for (int tile = 0; tile < tiles; ++tile) {
-      for (int i = int(i0); i < i1; ++i) {
-        block_.next();
-        capsule(sums_ + (shared ? 0 : (i - i0) * size));
-      }
+    for (int n = block_.thread; n < (shared ? 1 : i1 - int(i0)) * block_.layout.matrix; n += int(blockDim.x)) {
+      sums()[n] = 0;
+    }
+    block_.start({int(i0), i1 - int(i0), 0, int(args_.tiles)});
+    while (block_.more()) {
+      block_.next();
+      capsule();
     }
     block_.finish();
     __syncthreads();
-    if (args_.weight_parts) {
-      put(static_cast<T*>(args_.weight_parts) + group * block_.layout.J * block_.layout.D * block_.layout.E, sums_);
-      return;
-    }
-    for (int n = 0; n < matrices; ++n) {
-      const int64_t matrix = shared ? type : i0 + n;
-      put(static_cast<S*>(args_.grad_weight.data) + matrix * block_.layout.J * block_.layout.D * block_.layout.E,
-          sums_ + n * size);
-    }
+    put_sums(group);
   }
 
  private:
-  CAPS_DEVICE void capsule(T* sums) {
-    const int64_t all = args_.u.size[0] * block_.layout.J * block_.layout.E;
-    const T *V = static_cast<const T*>(args_.V), *g = static_cast<const T*>(args_.g);
+  CAPS_DEVICE T* grad_u() const { return block_.rest(); }
+  CAPS_DEVICE T* sums() const { return block_.rest() + block_.layout.grad_u_size; }
+  // V or g of an iteration.
+  CAPS_DEVICE const T* vectors(const void* from, int t) const { return static_cast<const T*>(from) + t * args_.all; }
+
+  CAPS_DEVICE void capsule() {
     const int R = int(args_.iterations), tile = block_.tile();
     Values grad{}, x{};
     if (!args_.last_only || R == 1) {
-      block_.load_values(g, tile, grad);
+      block_.load_values(vectors(args_.g, 0), tile, grad);
       const T c = block_.uniform();
 #pragma unroll
       for (int k = 0; k < Tile::kParents; ++k) {
@@ -141,7 +131,7 @@ class DenseGradients {
     }
     if (R > 1) block_.votes(x);
     for (int t = args_.last_only && R > 1 ? R - 1 : 1; t < R; ++t) {
-      const typename Block::Vectors V_t(block_, V + (t - 1) * all, tile), g_t(block_, g + t * all, tile);
+      const typename Block::Vectors V_t(block_, vectors(args_.V, t - 1), tile), g_t(block_, vectors(args_.g, t), tile);
       block_.put_scores(x, V_t, block_.scores(0));
       block_.forget();
       block_.put_scores(x, g_t, block_.scores(1));
@@ -158,6 +148,7 @@ class DenseGradients {
     block_.forget();
     for (int d0 = 0; d0 < block_.layout.depth; d0 += kStep) put_grad_u(grad, d0);
     block_.forget();
+    T* sums = this->sums() + (args_.positions > 1 ? 0 : block_.in_group() * block_.layout.matrix);
     for (int d = 0; d < block_.layout.D; ++d) add_grad_weight(grad, d, sums);
     __syncthreads();
     block_.forget();
@@ -173,7 +164,7 @@ class DenseGradients {
       if (!block_.has(k)) continue;
 #pragma unroll
       for (int d = 0; d < kStep; ++d) {
-        const S* at = w + (block_.parent(k) * block_.layout.depth + d0 + d) * DenseLayout<Tile>::kWeightRow;
+        const S* at = w + (block_.parent(k) * block_.layout.depth + d0 + d) * Tile::kWeightRow;
 #pragma unroll
         for (int n = 0; n < Tile::kWidth; n += Tile::kVec) {
           const Pack<T, Tile::kVec> w_e = load_pack<Tile::kVec>(at + block_.number(n));
@@ -187,7 +178,7 @@ class DenseGradients {
     }
 #pragma unroll
     for (int m = 0; m < Tile::kRows; ++m) {
-      T* to = grad_u_ + (block_.warp * Tile::kSamples + block_.row(m)) * block_.layout.depth + d0;
+      T* to = grad_u() + (block_.warp * Tile::kSamples + block_.row(m)) * block_.layout.depth + d0;
 #pragma unroll
       for (int d = 0; d < kStep; ++d) {
         const T sum = group_sum(result[m][d], Tile::kLanes);
@@ -205,7 +196,7 @@ class DenseGradients {
       const int64_t b = int64_t(tile) * Tile::kSamples + row;
       if (b >= args_.u.size[0]) break;
       T sum = 0;
-      for (int warp = 0; warp < block_.warps(); ++warp) sum += grad_u_[warp * size + row * block_.layout.depth + d];
+      for (int warp = 0; warp < block_.warps(); ++warp) sum += grad_u()[warp * size + row * block_.layout.depth + d];
       static_cast<S*>(out.data)[(b * out.size[1] + block_.capsule()) * D + d] = narrow<S>(sum);
     }
   }
@@ -252,6 +243,17 @@ class DenseGradients {
     }
   }
 
+  // The sums of a group's matrices, or of its part of one.
+  CAPS_DEVICE void put_sums(int64_t group) const {
+    const int64_t size = int64_t(block_.layout.J) * block_.layout.D * block_.layout.E;
+    if (args_.weight_parts) return put(static_cast<T*>(args_.weight_parts) + group * size, sums());
+    const bool shared = args_.positions > 1;
+    for (int n = 0; n < (shared ? 1 : block_.group_size()); ++n) {
+      const int64_t matrix = shared ? group : group * args_.part + n;
+      put(static_cast<S*>(args_.grad_weight.data) + matrix * size, sums() + n * block_.layout.matrix);
+    }
+  }
+
   // The sums of one matrix, to [J, D, E].
   template <typename out_t>
   CAPS_DEVICE void put(out_t* to, const T* sums) const {
@@ -261,10 +263,9 @@ class DenseGradients {
     }
   }
 
-  static constexpr int kStep = DenseLayout<Tile>::kUnit < 4 ? DenseLayout<Tile>::kUnit : 4;
+  static constexpr int kStep = Tile::kUnit < 4 ? Tile::kUnit : 4;
   Block& block_;
   const DenseArgs& args_;
-  T *const grad_u_, *const sums_;
 };
 
 }  // namespace caps::gpu
