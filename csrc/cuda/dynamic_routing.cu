@@ -9,9 +9,15 @@
 namespace caps::gpu {
 namespace {
 
+// Blocks that share a processor at least: not so many that registers are spilled.
+constexpr int kForwardBlocks = 2;
+template <typename scalar_t>
+constexpr int kBackwardBlocks = sizeof(Acc<scalar_t>) == 8 ? 1 : 2;
+
 // Steps of forward: the pass and the finish of each iteration.
 template <typename scalar_t, int n>
-__global__ void __launch_bounds__(kRoutingThreads) routing_forward(const __grid_constant__ RoutingArgs args) {
+__global__ void __launch_bounds__(kRoutingThreads, kForwardBlocks)
+    routing_forward(const __grid_constant__ RoutingArgs args) {
   using T = Acc<scalar_t>;
   CAPS_DYNAMIC_SHARED(shared);
   T* memory = args.memory == nullptr ? reinterpret_cast<T*>(shared)
@@ -27,7 +33,8 @@ __global__ void __launch_bounds__(kRoutingThreads) routing_forward(const __grid_
 // Steps of backward: the start, the pass and the finish of each iteration from the last but for the first, grad_votes,
 // grad_bias.
 template <typename scalar_t, int n>
-__global__ void __launch_bounds__(kRoutingThreads) routing_backward(const __grid_constant__ RoutingArgs args) {
+__global__ void __launch_bounds__(kRoutingThreads, kBackwardBlocks<scalar_t>)
+    routing_backward(const __grid_constant__ RoutingArgs args) {
   using T = Acc<scalar_t>;
   CAPS_DYNAMIC_SHARED(shared);
   T* memory = args.memory == nullptr ? reinterpret_cast<T*>(shared)
@@ -60,9 +67,9 @@ constexpr int64_t kManyChunks = 1024, kBlockBytes = 32 * 1024, kMostTile = 32;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a call is cut up; RoutingArgs has the meaning of the first three.
+// How a call is cut up; RoutingArgs has the meaning of the first five.
 struct RoutingPlan {
-  int64_t tile, chunk, chunks;
+  int64_t tile, chunk, chunks, columns, sharers;
   int64_t memory;  // numbers of a block
   bool shared;     // whether they lie in shared memory
 };
@@ -70,12 +77,11 @@ struct RoutingPlan {
 // coefficients: arrays [tile, J] that a block keeps beside the sums
 RoutingPlan plan_for(const View<4>& votes, int64_t coefficients, int64_t votes_coefficients, int64_t n, int64_t bytes) {
   const auto [B, I, J, E] = votes.size;
-  const int64_t columns = std::max<int64_t>(1, J * E / n);
-  const int64_t sums = (columns < kRoutingThreads ? kRoutingThreads / columns : 1) * J * E;
+  const int64_t columns = J * E / n, sharers = std::max<int64_t>(1, kRoutingThreads / columns);
   const auto memory = [&](int64_t tile) {
-    return std::max(coefficients * tile * J + sums, votes_coefficients * tile * J);
+    return std::max(coefficients * tile * J + sharers * J * E, votes_coefficients * tile * J);
   };
-  RoutingPlan plan{kMostTile, 0, 0, 0, true};
+  RoutingPlan plan{kMostTile, 0, 0, columns, sharers, 0, true};
   while (plan.tile > 1 && memory(plan.tile) * bytes > kBlockBytes) plan.tile /= 2;
   plan.shared = memory(plan.tile) * bytes <= kBlockBytes;
   if (!plan.shared) plan.tile = 8;
@@ -100,6 +106,9 @@ void run_steps(const Gpu& gpu, void (*kernel)(RoutingArgs), RoutingArgs& args, c
   args.chunk = plan.chunk;
   args.chunks = plan.chunks;
   args.tile = plan.tile;
+  args.size = args.votes.size[2] * args.votes.size[3];
+  args.columns = plan.columns;
+  args.sharers = plan.sharers;
   args.memory_size = plan.memory;
   Grid grid{std::max<int64_t>(1, B * plan.chunks), kRoutingThreads, plan.shared ? plan.memory * bytes : 0};
   const bool samples = plan.chunks == 1;
@@ -192,6 +201,20 @@ std::tuple<Tensor, Tensor> dynamic_routing_bwd(Tensor grad_v, Tensor votes, std:
   return {grad_votes, grad_bias};
 }
 
+// Bytes of shared memory of a block in forward and in backward through all iterations. No GPU is asked, so that the
+// votes may be of any device, or without memory.
+std::tuple<int64_t, int64_t> dynamic_routing_shared(Tensor votes, int64_t iterations) {
+  RoutingArgs args = routing_args(votes, {}, iterations, false);
+  int64_t forward = 0, backward = 0;
+  dispatch_packs(votes, args, [&]<typename scalar_t, int n>() {
+    constexpr int64_t bytes = sizeof(Acc<scalar_t>);
+    const auto shared = [&](const RoutingPlan& plan) { return plan.shared ? plan.memory * bytes : 0; };
+    forward = shared(plan_for(args.votes, 1, 0, n, bytes));
+    backward = shared(plan_for(args.votes, 2, 2 * (iterations - 1), n, bytes));
+  });
+  return {forward, backward};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(CAPS_GPU_OPS, m) {
@@ -201,11 +224,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(CAPS_GPU_OPS, m) {
   m.def(
       "dynamic_routing_bwd(Tensor grad_v, Tensor votes, Tensor? bias, Tensor s, int iterations, bool leaky, bool last)"
       " -> (Tensor, Tensor)");
+  m.def("dynamic_routing_shared(Tensor votes, int iterations) -> (int, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(CAPS_GPU_OPS, CAPS_GPU_KEY, m) {
   m.impl("dynamic_routing_fwd", TORCH_BOX(&dynamic_routing_fwd));
   m.impl("dynamic_routing_bwd", TORCH_BOX(&dynamic_routing_bwd));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(CAPS_GPU_OPS, CompositeExplicitAutograd, m) {
+  m.impl("dynamic_routing_shared", TORCH_BOX(&dynamic_routing_shared));
 }
 
 }  // namespace caps::gpu

@@ -28,6 +28,8 @@ struct RoutingArgs {
   int64_t memory_size;
   int64_t chunk, chunks;    // lower capsules of a chunk, chunks of a sample
   int64_t tile;             // lower capsules of a tile
+  int64_t size, columns;    // J · E, and how many packs of n numbers that is
+  int64_t sharers;          // threads that share a column, each with lower capsules of its own
   int width;                // lanes of a vote
   int first_step, end_step;
 };
@@ -37,13 +39,13 @@ struct Routing {
   using T = Acc<scalar_t>;
   const RoutingArgs& args;
   T* memory;
-  const int64_t B, I, J, E, columns, size;  // columns of n numbers; size = J · E
+  const int64_t B, I, J, E, columns, size;
   const int thread, lane, warp;
   const T uniform;  // c of the first iteration
 
   CAPS_DEVICE Routing(const RoutingArgs& args, T* memory)
       : args(args), memory(memory), B(args.votes.size[0]), I(args.votes.size[1]), J(args.votes.size[2]),
-        E(args.votes.size[3]), columns(J * E / n), size(J * E), thread(int(threadIdx.x)), lane(thread % 32),
+        E(args.votes.size[3]), columns(args.columns), size(args.size), thread(int(threadIdx.x)), lane(thread % 32),
         warp(thread / 32), uniform(T(1) / T(J + args.leaky)) {}
 
   // Between steps: what any block wrote is seen by those that read it.
@@ -142,22 +144,19 @@ struct Routing {
     __syncthreads();
   }
 
-  // How many threads share a column, each with lower capsules of its own.
-  CAPS_DEVICE int64_t sharers() const { return columns < kRoutingThreads ? kRoutingThreads / columns : 1; }
-
   CAPS_DEVICE void clear(T* sums) const {
-    for (int64_t k = thread; k < sharers() * size; k += kRoutingThreads) sums[k] = 0;
+    for (int64_t k = thread; k < args.sharers * size; k += kRoutingThreads) sums[k] = 0;
     __syncthreads();
   }
 
   // sums[sharer] += Σ_l factor_lj û_ij over a tile; the factor is c[l][j], or `uniform` where c is null.
   CAPS_DEVICE void add(int64_t b, int64_t first, int64_t count, const T* c, T* sums) const {
     const int64_t apart = columns < kRoutingThreads ? columns : kRoutingThreads, sharer = thread / apart;
-    if (sharer >= sharers()) return;
+    if (sharer >= args.sharers) return;
     for (int64_t column = thread % apart; column < columns; column += apart) {
       const int64_t j = column * n / E, e = column * n % E;
       Pack<T, n> sum{};
-      for (int64_t l = sharer; l < count; l += sharers()) {
+      for (int64_t l = sharer; l < count; l += args.sharers) {
         const Pack<T, n> votes = load<n>(vote(b, first + l, j, e));
         const T factor = c == nullptr ? uniform : c[l * J + j];
 #pragma unroll
@@ -175,7 +174,7 @@ struct Routing {
     T* to = static_cast<T*>(args.partial) + (b * args.chunks + chunk) * size;
     for (int64_t k = thread; k < size; k += kRoutingThreads) {
       T sum = 0;
-      for (int64_t sharer = 0; sharer < sharers(); ++sharer) sum += sums[sharer * size + k];
+      for (int64_t sharer = 0; sharer < args.sharers; ++sharer) sum += sums[sharer * size + k];
       to[k] = sum;
     }
     __syncthreads();
