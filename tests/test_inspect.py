@@ -67,8 +67,8 @@ def test_kernels_compile_within_their_budgets(op: str, target: str) -> None:
     from caps_kernels.inspect import ahead
 
     sample = ahead.samples(op)[0].name
-    rows = command.compile_all([op], [sample], ["bfloat16"], [target], 1)
-    assert command.judge(rows) == 0
+    rows = command.inspect("triton", [op], [sample], ["bfloat16"], [target], 1)
+    assert command.judge(rows, "triton") == 0
     assert all(row.wide_loads for row in rows if "sum" not in row.kernel and row.kernel != "finish")
     if op == "predict_votes":
         assert all(row.matrix for row in rows if "sum" not in row.kernel)
@@ -77,8 +77,8 @@ def test_kernels_compile_within_their_budgets(op: str, target: str) -> None:
 @compiles
 def test_a_breach_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(table, "read_budgets", lambda path: {})
-    arguments = ["--op", "squash", "--target", "sm_90", "--dtype", "float32", "--jobs", "1", "--sample"]
-    assert command.main([*arguments, "primary capsules"]) == 1
+    arguments = ["--backend", "triton", "--op", "squash", "--target", "sm_90", "--dtype", "float32", "--jobs", "1"]
+    assert command.main([*arguments, "--sample", "primary capsules"]) == 1
     out = capsys.readouterr()
     assert "2 breaches of budgets" in out.out
     assert "forward_whole for primary capsules, float32, sm_90: no budget" in out.err
@@ -88,4 +88,5 @@ def test_help_says_what_the_columns_mean(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         command.main(["--help"])
     text = capsys.readouterr().out
-    assert all(word in text for word in ("occupancy", "128 bits", "triton_budget.csv", "--counts", "examples:"))
+    words = ("occupancy", "128 bits", "triton_budget.csv", "cuda_budget.csv", "--backend", "--counts", "examples:")
+    assert all(word in text for word in words)

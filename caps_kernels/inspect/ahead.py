@@ -7,7 +7,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +20,18 @@ from triton.runtime.jit import MockTensor
 
 from caps_kernels import _triton
 from caps_kernels.inspect.calls import calls
+from caps_kernels.inspect.gpus import GPUS, occupancy, sass_counts
 from caps_kernels.inspect.table import Row, dtype_name
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 """NVIDIA's cuobjdump, which comes with Triton."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A GPU, and the limits of one of its multiprocessors (of one SIMD unit, and the LDS of its four, on AMD)."""
-
-    triton: GPUTarget
-    registers: int
-    """32-bit registers of a lane, over all warps."""
-    granularity: int
-    """Registers of a thread are handed out so many at a time."""
-    warps: int
-    programs: int
-    shared: int
-    """Bytes; each program takes a kibibyte more on NVIDIA GPUs."""
-
-
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 2048, 8, 64, 32, 164 << 10),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 2048, 8, 64, 32, 228 << 10),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 2048, 8, 64, 32, 228 << 10),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 512, 8, 8, 16, 64 << 10),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
 
@@ -72,10 +57,10 @@ def rows(op: str, sample: _triton.Sample, dtype: torch.dtype, target: str) -> It
         others.append(source.hash())
         kernel = launch.name if len(others) == 1 else f"{launch.name} ({len(others)})"
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
-        compiled = triton.compile(source, target=TARGETS[target].triton, options=options)
+        compiled = triton.compile(source, target=TARGETS[target], options=options)
         read = _read_amd if target.startswith("gfx") else _read_nvidia
         numbers = read(compiled)
-        held = occupancy(TARGETS[target], launch.warps, numbers["registers"], numbers["shared"])
+        held = occupancy(GPUS[target], launch.warps, numbers["registers"], numbers["shared"])
         names = (op, sample.name, kernel, _tile(launch), dtype_name(dtype), target)
         yield Row(*names, occupancy=held, **numbers)  # type: ignore[arg-type]
 
@@ -91,7 +76,7 @@ def recorded(op: str, sample: _triton.Sample, dtype: torch.dtype, target: str) -
 
 def _source(launch: _triton.Launch, target: str) -> ASTSource:
     """What Triton would compile for a launch: it does so for each type, alignment and integer 1 among the arguments."""
-    backend = make_backend(TARGETS[target].triton)
+    backend = make_backend(TARGETS[target])
     given = list(launch.args)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -149,13 +134,6 @@ def _usage(text: str, shared: int) -> dict[str, int]:
     return {"registers": registers, "stack": stack + local, "shared": max(static, shared)}
 
 
-def sass_counts(sass: str) -> dict[str, int]:
-    """In NVIDIA's SASS: loads from global memory, those of 128 bits, and instructions of the matrix units."""
-    loads = re.findall(r"\bLDG\.[\w.]+", sass) + re.findall(r"\bLDGSTS\.[\w.]+", sass)
-    matrix = re.findall(r"\b(?:[HIDQ]MMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b", sass)
-    return {"wide_loads": sum(".128" in load for load in loads), "loads": len(loads), "matrix": len(matrix)}
-
-
 def _read_amd(compiled: Any) -> dict[str, int]:
     """Resources and instructions of AMD assembly."""
     text = compiled.asm["amdgcn"]
@@ -174,15 +152,3 @@ def _read_amd(compiled: Any) -> dict[str, int]:
         "loads": len(loads),
         "matrix": len(re.findall(r"\bv_mfma_\w+", text)),
     }
-
-
-def occupancy(target: Target, warps: int, registers: int, shared: int) -> int:
-    """Percent of the most warps a multiprocessor (on AMD, a SIMD unit) holds."""
-    each = max(1, -(-registers // target.granularity) * target.granularity)
-    by_registers = target.registers // each
-    if target.triton.backend == "hip":
-        # A program's warps are spread over four SIMD units, which share the LDS.
-        held = target.shared // shared * -(-warps // 4) if shared else target.warps
-        return 100 * min(target.warps, by_registers, held) // target.warps
-    programs = min(target.programs, by_registers // warps, target.warps // warps, target.shared // (shared + 1024))
-    return 100 * programs * warps // target.warps
