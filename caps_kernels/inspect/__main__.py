@@ -42,7 +42,7 @@ lost kind of instruction, or any stack ends with exit code 1."""
 EPILOG = """\
 examples:
   python -m caps_kernels.inspect --op squash --target sm_90     one op on one GPU, in seconds
-  python -m caps_kernels.inspect --backend cuda                 the kernels of the built library, in seconds
+  python -m caps_kernels.inspect --backend cuda                 the kernels of the built library: a minute
   python -m caps_kernels.inspect                                everything, on all cores: minutes
   python -m caps_kernels.inspect --op squash --write-budget     after a change that is meant to use more
   python -m caps_kernels.inspect --counts                       launches and bytes of each call instead"""
