@@ -174,6 +174,11 @@ def write_changed(mutant: Mutant, folder: Path) -> Path:
     return folder / f"{mutant.op}.cu"
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_the_place_of_a_mistake_is_still_there(mutant: Mutant, tmp_path: Path) -> None:
+    write_changed(mutant, tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_mistake_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
