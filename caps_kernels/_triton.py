@@ -85,6 +85,13 @@ class Launch:
     """The kernel's compile-time arguments: sizes of tiles and what a variant leaves out."""
     warps: int
     stages: int
+    registers: int | None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
     @property
     def name(self) -> str:
@@ -102,7 +109,15 @@ class _Record:
 _RECORD: ContextVar[_Record | None] = ContextVar("caps_kernels_record", default=None)
 
 
-def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    *args: Any,
+    warps: int = 4,
+    stages: int = 1,
+    registers: int | None = None,
+    **constants: Any,
+) -> None:
     """Start `programs` programs of a kernel on its first tensor's device.
 
     Args:
@@ -111,19 +126,22 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int =
         *args: its tensors and integers.
         warps: how many warps share a program.
         stages: how many iterations of a loop the compiler may load ahead.
+        registers: how many a thread may take on NVIDIA GPUs; the compiler decides by default.
         **constants: its compile-time arguments.
     """
     if programs == 0:
         return
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    limit = registers if architecture(tensor).startswith("sm_") else None
+    launched = Launch(kernel, programs, args, constants, warps, stages, limit)
     record = _RECORD.get()
     if record is not None:
-        record.launches.append(Launch(kernel, programs, args, constants, warps, stages))
+        record.launches.append(launched)
         if record.architecture is not None:
             return
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
     with on_device, _without_warnings() if TRITON_INTERPRETS else nullcontext():
-        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+        kernel[(programs,)](*args, **constants, **launched.options)
 
 
 @contextmanager

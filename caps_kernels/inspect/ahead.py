@@ -56,8 +56,7 @@ def rows(op: str, sample: _triton.Sample, dtype: torch.dtype, target: str) -> It
             continue
         others.append(source.hash())
         kernel = launch.name if len(others) == 1 else f"{launch.name} ({len(others)})"
-        options = {"num_warps": launch.warps, "num_stages": launch.stages}
-        compiled = triton.compile(source, target=TARGETS[target], options=options)
+        compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
         read = _read_amd if target.startswith("gfx") else _read_nvidia
         numbers = read(compiled)
         held = occupancy(GPUS[target], launch.warps, numbers["registers"], numbers["shared"])

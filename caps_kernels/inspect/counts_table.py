@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from caps_kernels._triton import Count, Sample
-from caps_kernels.inspect import ahead, counts
+from caps_kernels.inspect import ahead, counts, interpreter
 from caps_kernels.inspect.table import dtype_name
 
 
@@ -19,6 +19,7 @@ def show(ops: Sequence[str], dtypes: Sequence[torch.dtype]) -> int:
         for sample in ahead.samples(op):
             for dtype in dtypes:
                 _print_sample(op, sample, dtype)
+    interpreter.quicken()
     print("\nThe formulas against what Triton's interpreter loads, stores and launches, for small calls:")
     wrong = 0
     for op in ops:

@@ -86,12 +86,12 @@ def forward(
             *tensors,
             *(() if t == 0 else (t,)),
             *numbers,
-            **{**constants, **({"DEPTH": STACKED} if t == 0 and constants["DEPTH"] else {})},
+            **{**constants, **({"DEPTH": _stacked(u)} if t == 0 and constants["DEPTH"] else {})},
             BIAS=bias is not None,
             LEAKY=leaky,
             COUPLING=return_coupling and is_last,
             LAST=is_last,
-            warps=plan.warps,
+            warps=_warps(u, weight, plan),
         )
     return v, s, coupling
 
@@ -129,7 +129,7 @@ def _begin_backward(grad_v: Tensor, u: Tensor, weight: Tensor, s: Tensor) -> tup
     total_v, g = s.new_empty(s.shape), s.new_empty(s.shape)
     counters = backward_pass(u, weight).counters
     arrivals = torch.empty((iterations, counters), dtype=torch.int32, device=u.device)
-    rows = max(1, 8192 // s.element_size() // padded(out_dim))
+    rows = max(1, 4096 // s.element_size() // padded(out_dim))
     launch(
         kernels.begin_backward,
         triton.cdiv(batch * out_capsules, rows),
@@ -158,7 +158,7 @@ def _passes_backward(
             *(u.shape[0], u.shape[1], plan.chunks, plan.group, plan.length),
             **_constants(u, weight, positions, plan),
             LEAKY=leaky,
-            warps=plan.warps,
+            warps=_warps(u, weight, plan),
         )
 
 
@@ -194,7 +194,8 @@ def _contract(
         LEAKY=leaky,
         CONSTANT=constant,
         GRAD_PRECISION=_grad_precision(u),
-        warps=plan.warps,
+        warps=_warps(u, weight, plan),
+        registers=_registers(u),
     )
     return parts
 
@@ -214,11 +215,33 @@ def _finish_backward(parts: Tensor | None, grad_weight: Tensor, g: Tensor, grad_
     )
 
 
+def _warps(u: Tensor, weight: Tensor, plan: Pass) -> int:
+    """Of a pass on the architecture at hand: 8 of AMD's, of 64 lanes, are as many threads as 16 of others. On sm_80
+    tiles of few columns, and so of many samples, spill registers with 16 warps and with 4.
+    """
+    name = architecture(u)
+    if name.startswith("sm_8") and columns(weight) <= 128:
+        return 8
+    return min(plan.warps, 8) if name.startswith("gfx") else plan.warps
+
+
+def _registers(u: Tensor) -> int:
+    """What a thread of the last pass may take. Left to itself NVIDIA's assembler takes fewer, so that there is room for
+    more programs, and spills the rest.
+    """
+    return 255 if u.element_size() > 2 or architecture(u).startswith("sm_8") else 168
+
+
 def _depth(u: Tensor, samples: int) -> int:
     """Dimensions of a product at a time; 0 where û is made without matrix units."""
     if u.dtype == torch.float64 or samples < 8:
         return 0
     return min(padded(u.shape[2], 16 if u.element_size() == 2 else 8), 16)
+
+
+def _stacked(u: Tensor) -> int:
+    """As `_depth`, of the first iteration, whose products take dimensions of one lower capsule after the other."""
+    return STACKED if u.element_size() == 2 else STACKED // 2
 
 
 def _far(u: Tensor, weight: Tensor) -> bool:
@@ -251,16 +274,23 @@ def _constants(u: Tensor, weight: Tensor, positions: int, plan: Pass) -> dict[st
 
 
 def _precision(u: Tensor) -> str:
-    """How products of float32 are made: as `dot_precision` says, where its "ieee" is three products of TF32 on NVIDIA's
-    matrix units, whose error is that of float32.
+    """How û of float32 is made: as `dot_precision` says, where its "ieee" is three products of TF32 on NVIDIA's matrix
+    units, whose error is that of float32; but exact ones on sm_100, where a product of these units leaves its tensor
+    memory through registers, of which a tile has none left.
     """
     allowed = dot_precision(u)
-    return "tf32x3" if allowed == "ieee" and architecture(u).startswith("sm_") else allowed
+    return allowed if architecture(u).startswith("sm_10") else _of_matrix_units(allowed, u)
 
 
 def _grad_precision(u: Tensor) -> str:
     """Of products with gû, which is float32: TF32 suffices for gradients that are rounded to 16 bits."""
-    return "tf32" if u.element_size() == 2 and architecture(u).startswith("sm_") else _precision(u)
+    allowed = "tf32" if u.element_size() == 2 and architecture(u).startswith("sm_") else dot_precision(u)
+    return _of_matrix_units(allowed, u)
+
+
+def _of_matrix_units(allowed: str, u: Tensor) -> str:
+    """The precision "tf32x3" in the place of "ieee", where there are products of TF32."""
+    return "tf32x3" if allowed == "ieee" and architecture(u).startswith("sm_") else allowed
 
 
 def why_not(u: Tensor, weight: Tensor, *_: Any) -> str | None:

@@ -33,8 +33,8 @@ def dot(a, b, total, PRECISION: tl.constexpr):
         total += tl.sum(a[:, :, None] * b[None, :, :], 1)
     elif PRECISION == "tf32x3" and a.dtype == tl.float32:
         high_a, high_b = _coarse(a), _coarse(b)
-        total = tl.dot(a - high_a, high_b, total, input_precision="tf32", out_dtype=tl.float32)
         total = tl.dot(high_a, b - high_b, total, input_precision="tf32", out_dtype=tl.float32)
+        total = tl.dot(a - high_a, high_b, total, input_precision="tf32", out_dtype=tl.float32)
         total = tl.dot(high_a, high_b, total, input_precision="tf32", out_dtype=tl.float32)
     else:
         exact: tl.constexpr = "ieee" if PRECISION == "tf32x3" else PRECISION
@@ -235,7 +235,7 @@ def _store_coupling(to, shares, in_capsules, samples, J: tl.constexpr):
     store(to + row[:, None] * (in_capsules * J) + j[None, :], shares, (row < samples)[:, None] & (j < J)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def iterate(
     u, weight, bias, parts, arrivals, total_v, s, v, coupling, t, batch, in_capsules, chunks, group, length,
     J: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
@@ -299,7 +299,7 @@ def coefficients(votes, before, grad, J: tl.constexpr, JP: tl.constexpr, EP: tl.
     return shares, shares * (of_shares - tl.sum(shares * of_shares, 1)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def iterate_backward(
     u, weight, s, total_v, g, grad_total, parts, arrivals, t, iterations, batch, in_capsules, chunks, group, length,
     J: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr,

@@ -29,7 +29,9 @@ SHORTEST, LONGEST = 8, 4096
 SEGMENT = 128
 """Samples whose coefficients a program of the last backward pass keeps."""
 STACKED = 16
-"""Dimensions of lower capsules, of one after the other, that a product of the first iteration takes at once."""
+"""Dimensions of lower capsules, of one after the other, that a product of the first iteration takes at once; in float32
+half as many, for its registers.
+"""
 COLUMNS = 64
 """Columns of û whose gradient is formed at a time."""
 
@@ -98,8 +100,9 @@ def divide(u: Tensor, weight: Tensor, elements: int, warps: int) -> Pass:
     length = max(triton.cdiv(in_capsules, wanted), min(SHORTEST, in_capsules))
     chunks = triton.cdiv(in_capsules, length)
     group = isqrt(chunks - 1) + 1 if chunks > 1 else 1
-    # A tile of few columns has few warps, so that a thread has as many elements as in a full one.
-    return Pass(samples, tiles, length, chunks, group, max(4, warps * samples * columns(weight) // elements))
+    # A tile of few elements has few warps, down to 4.
+    filled = warps * samples * columns(weight) // FORWARD
+    return Pass(samples, tiles, length, chunks, group, max(4, min(warps, filled)))
 
 
 def contraction(u: Tensor, weight: Tensor) -> Contraction:
