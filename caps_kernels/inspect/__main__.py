@@ -19,8 +19,7 @@ from caps_kernels.inspect.table import Row
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 EVERYWHERE = ("float32", "bfloat16")
-"""Triton compiles them for every sample and target; the other dtypes for the first sample on sm_90, unless they are
-asked for."""
+"""Triton compiles them for every sample; the other dtypes for the first sample, unless they are asked for."""
 
 DESCRIPTION = """\
 Read what compilers make of the GPU kernels. No GPU is needed.
@@ -141,8 +140,7 @@ def triton_tasks(
         for number, sample in enumerate(ahead.samples(op))
         for dtype in dtypes or DTYPES
         for target in targets or GPUS
-        if (not samples or sample.name in samples)
-        and (dtypes or dtype in EVERYWHERE or (number == 0 and target == "sm_90"))
+        if (not samples or sample.name in samples) and (dtypes or dtype in EVERYWHERE or number == 0)
     ]
 
 

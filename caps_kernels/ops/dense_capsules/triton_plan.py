@@ -100,8 +100,8 @@ def divide(u: Tensor, weight: Tensor, elements: int, warps: int) -> Pass:
     length = max(triton.cdiv(in_capsules, wanted), min(SHORTEST, in_capsules))
     chunks = triton.cdiv(in_capsules, length)
     group = isqrt(chunks - 1) + 1 if chunks > 1 else 1
-    # A tile of few elements has few warps, down to 4.
-    filled = warps * samples * columns(weight) // FORWARD
+    # A tile of few elements has few warps, down to 4; those of float64 count twice.
+    filled = warps * samples * columns(weight) * (2 if exact else 1) // FORWARD
     return Pass(samples, tiles, length, chunks, group, max(4, min(warps, filled)))
 
 
