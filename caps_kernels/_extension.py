@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -54,34 +54,32 @@ def isa_names() -> list[str]:
     return names
 
 
-@contextmanager
-def force_innermost_cache(size: int) -> Iterator[None]:
+def force_innermost_cache(size: int) -> AbstractContextManager[None]:
     """Cut the work of "cpp" as for an innermost data cache of `size` bytes during a block, in all threads: for tests.
 
     Raises:
         ImportError: the library of "cpp" is not there.
     """
-    library = importlib.import_module("caps_kernels._cpp")
-    before = library.get_innermost_cache()
-    library.set_innermost_cache(size)
-    try:
-        yield
-    finally:
-        library.set_innermost_cache(before)
+    return _force("innermost_cache", size)
 
 
-@contextmanager
-def force_isa(name: str) -> Iterator[None]:
+def force_isa(name: str) -> AbstractContextManager[None]:
     """Run the kernels of "cpp" for one instruction set during a block, in all threads: for tests.
 
     Raises:
         ImportError: the library of "cpp" is not there.
         ValueError: the processor cannot run it; nothing was changed.
     """
+    return _force("isa", name)
+
+
+@contextmanager
+def _force(setting: str, value: object) -> Iterator[None]:
     library = importlib.import_module("caps_kernels._cpp")
-    before = library.get_isa()
-    library.set_isa(name)
+    get, put = getattr(library, f"get_{setting}"), getattr(library, f"set_{setting}")
+    before = get()
+    put(value)
     try:
         yield
     finally:
-        library.set_isa(before)
+        put(before)
