@@ -40,6 +40,9 @@ TYPES = {
     torch.float64: tl.float64,
 }
 
+LEAST_DEPTH = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+"""How deep a `tl.dot` of 32-bit numbers must be: as one matrix instruction of NVIDIA's, or before Triton 3.8 as two."""
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from caps_kernels._triton import (
+    LEAST_DEPTH,
     Sample,
     accumulator,
     architecture,
@@ -236,12 +237,12 @@ def _depth(u: Tensor, samples: int) -> int:
     """Dimensions of a product at a time; 0 where û is made without matrix units."""
     if u.dtype == torch.float64 or samples < 8:
         return 0
-    return min(padded(u.shape[2], 16 if u.element_size() == 2 else 8), 16)
+    return min(padded(u.shape[2], 16 if u.element_size() == 2 else LEAST_DEPTH), 16)
 
 
 def _stacked(u: Tensor) -> int:
     """As `_depth`, of the first iteration, whose products take dimensions of one lower capsule after the other."""
-    return STACKED if u.element_size() == 2 else STACKED // 2
+    return STACKED if u.element_size() == 2 else max(STACKED // 2, LEAST_DEPTH)
 
 
 def _far(u: Tensor, weight: Tensor) -> bool:
