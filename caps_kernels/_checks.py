@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from caps_kernels import backends
+from caps_kernels._trust import constant_in_graphs
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ROUTING_GRADS = ("full", "last")
@@ -115,7 +116,12 @@ def autocast(*given: Tensor | None) -> tuple[Any, ...]:
 
 def autocast_is_on(device: str) -> bool:
     """Whether `torch.autocast` is on for a device type; there are some it does not know, such as "meta"."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@constant_in_graphs  # which torch.compile of 2.11 cannot trace
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def backend(value: Any) -> str | None:

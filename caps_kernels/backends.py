@@ -138,6 +138,9 @@ _PREPARE: dict[str, Callable[..., tuple[Any, ...]]] = {}
 _IMPLEMENTATIONS: dict[tuple[str, str], Implementation | Lazy] = {}
 _WARNED: set[str] = set()
 _CHOSEN: ContextVar[str | None] = ContextVar("caps_kernels_backend", default=None)
+_CHOSEN_LAST: str | None = None
+"""What `use()` was told last, in whatever thread: what torch.compile follows where it cannot read a ContextVar."""
+_CONTEXTS_ARE_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 def register_op(op: str, prepare: Callable[..., tuple[Any, ...]]) -> None:
@@ -205,7 +208,7 @@ def select(op: str, args: Sequence[Any], backend: str | None = None, *, warn: bo
         ValueError: the name is none of `BACKENDS`.
         BackendError: the backend asked for cannot run the call.
     """
-    asked = backend or _CHOSEN.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+    asked = backend or _chosen() or os.environ.get(ENVIRONMENT_VARIABLE)
     if asked:
         _check_name(asked)
         reason = why_not(op, asked, args)
@@ -228,6 +231,12 @@ def select(op: str, args: Sequence[Any], backend: str | None = None, *, warn: bo
         for failure in failed:
             _warn_of_distrust(*failure)
     return name
+
+
+def _chosen() -> str | None:
+    if not _CONTEXTS_ARE_TRACED and torch.compiler.is_compiling():
+        return _CHOSEN_LAST
+    return _CHOSEN.get()
 
 
 def distrust(backend: str, device: torch.device, *, check: bool = True) -> str | None:
@@ -311,14 +320,18 @@ def explain(op: str, *args: Any, **options: Any) -> Explanation:
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Run every op of a block on `backend`, unless a call names another; in this thread or task only.
+    """Run every op of a block on `backend`, unless a call names another; in this thread or task only, but before
+    torch 2.14 compiled programs of all threads follow the latest choice of any.
 
     Raises:
         ValueError: the name is none of `BACKENDS`.
     """
+    global _CHOSEN_LAST
     _check_name(backend)
-    token = _CHOSEN.set(backend)
+    token, last = _CHOSEN.set(backend), _CHOSEN_LAST
+    _CHOSEN_LAST = backend
     try:
         yield
     finally:
         _CHOSEN.reset(token)
+        _CHOSEN_LAST = last

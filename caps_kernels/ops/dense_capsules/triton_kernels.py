@@ -343,6 +343,8 @@ def _earlier_gradient(
     at, mask = place(tl.arange(0, SAMPLES), tl.arange(0, JP * EP), batch - first, J, E, EP)
     total = _sum(parts + base, 0, group, tl.cdiv(chunks, group), size, at, mask, TYPE)
     total += load(grad_total + base + at, mask & (t < iterations - 1), TYPE)
+    # Several threads hold an element of a small tile: all must have read it before one of them writes.
+    tl.debug_barrier()
     store(grad_total + base + at, total, mask)
     latest = load(s + (t - 1) * size + base + at, mask, TYPE)
     earlier = squash_gradient(tl.reshape(total, (SAMPLES, JP, EP)), tl.reshape(latest, (SAMPLES, JP, EP)), 2)
