@@ -17,6 +17,13 @@ CASES = {
     "dense_capsules": cases.dense_capsules("gpu", 33, 130, 10, 8, 16, bias=True),
 }
 """One call an op: the paper's capsules, and more samples and input capsules than a block or a tile takes."""
+SMALL = {
+    "squash": cases.squash("small", 3, 2, 4),
+    "predict_votes": cases.predict_votes("small", 2, 5, 3, 2, 4),
+    "dynamic_routing": cases.dynamic_routing("small", 2, 5, 3, 4),
+    "dense_capsules": cases.dense_capsules("small", 2, 5, 3, 2, 4),
+}
+"""One call an op of so few numbers that several threads of a program hold the same one."""
 
 
 def grad_output(case: Case, inputs: Sequence[Tensor]) -> Tensor:

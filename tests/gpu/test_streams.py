@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from caps_kernels import backends
-from tests.gpu.steps import CASES, grad_output, step
+from tests.cases import Case
+from tests.gpu.steps import CASES, SMALL, grad_output, step
 
 pytestmark = pytest.mark.usefixtures("cuda")
 CYCLES = 1_000_000_000
@@ -95,12 +98,16 @@ def test_compiled_programs_may_use_graphs(op: str, backend: str) -> None:
     torch.compiler.reset()
 
 
-def test_results_are_the_same_bits_every_time(op: str, backend: str) -> None:
-    case = CASES[op]
-    inputs = case.inputs(torch.float32, "cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("calls", "repeats"), [(CASES, 20), (SMALL, 300)], ids=["many-tiles", "small"])
+def test_results_are_the_same_bits_every_time(
+    op: str, backend: str, calls: Mapping[str, Case], repeats: int, dtype: torch.dtype
+) -> None:
+    case = calls[op]
+    inputs = case.inputs(dtype, "cuda")
     grad = grad_output(case, inputs)
     first = step(case, inputs, grad, backend)
-    for _ in range(20):
+    for _ in range(repeats):
         for mine, theirs in zip(step(case, inputs, grad, backend), first, strict=True):
             assert torch.equal(mine, theirs)
 
