@@ -31,6 +31,11 @@ TILE = "caps::gpu::DenseTile<caps::BFloat16, 4, 2, 4, 4, 16, 1, false, true>"
         ),
         (f"{SPACE}squash_rows<float, 4, true, false>(SquashArgs)", "squash_rows pack=4 backward", torch.float32),
         (f"{SPACE}squash_rows<float, 4, false, true>(SquashArgs)", "squash_rows pack=4 single", torch.float32),
+        (
+            f"{SPACE}routing_forward_warp<float, 4, 8, 5>(caps::gpu::RoutingArgs)",
+            "routing_forward_warp pack=4 lanes=8 packs=5",
+            torch.float32,
+        ),
         (f"{SPACE}votes_forward<caps::Float16, 8, 16>(VotesArgs)", "votes_forward pack=8 samples=16", torch.float16),
         (f"{SPACE}votes_add_chunks<caps::Float16>(VotesArgs)", "votes_add_chunks", torch.float16),
     ],

@@ -30,6 +30,8 @@ PARAMETERS = {
     "votes_add_chunks": (),
     "routing_forward": ("pack",),
     "routing_backward": ("pack",),
+    "routing_forward_warp": ("pack", "lanes", "packs"),
+    "routing_backward_warp": ("pack", "lanes", "packs"),
     "DenseTile": ("e_lanes", "rows", "width", "parents", "warps", "blocks", "keep", "tensor_cores"),
     "DensePlain": (),
 }
@@ -145,9 +147,13 @@ def launch(op: str, kernel: Kernel) -> tuple[str, int]:
         order = ["dense_forward", "dense_backward", "dense_gradients"]
         return f"J={parents} D=8 E={columns}", shared[order.index(kernel.function)]
     if op == "dynamic_routing":
-        columns = 16 if kernel.values["pack"] > 1 else 15  # 15 numbers cannot be read in packs
-        shared = ops.dynamic_routing_shared(torch.empty(128, 1152, 10, columns, dtype=kernel.dtype, device="meta"), 3)
-        return f"J=10 E={columns}", shared[["routing_forward", "routing_backward"].index(kernel.function)]
+        v = kernel.values
+        # 15 numbers cannot be read in packs, and teams of lanes do not hold the packs of 24.
+        parents, columns = (v["pack"] * v["lanes"] * v["packs"] // 16, 16) if "lanes" in v else (10, 24)
+        columns = columns if v["pack"] > 1 else 15
+        votes = torch.empty(128, 1152, parents, columns, dtype=kernel.dtype, device="meta")
+        shared = ops.dynamic_routing_shared(votes, 3)
+        return f"J={parents} E={columns}", shared["backward" in kernel.function]
     return "any", 0
 
 

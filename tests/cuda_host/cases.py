@@ -25,8 +25,19 @@ TILES = (
     # Rows of a chunk of grad_weight: 32.
     *(predict_votes(f"rows-{b * p}", b, 2 * p, 1, 2, 4, positions=p) for b, p in ((4, 8), (3, 11), (5, 13))),
     predict_votes("rows-1025", 25, 41, 1, 1, 1, positions=41),
-    # Lower capsules of a tile: 32.
-    *(dynamic_routing(f"children-{i}", 2, i, 3, 4, bias=True) for i in (31, 32, 33, 65)),
+    # Lower capsules of a tile where shared memory holds their coefficients: 32. Packs of 132 numbers no warp holds.
+    *(dynamic_routing(f"children-{i}", 2, i, 2, 132, bias=True) for i in (31, 32, 33, 65)),
+    dynamic_routing("shared-leaky", 2, 4, 2, 132, leaky=True),
+    dynamic_routing("shared-last", 2, 4, 2, 132, routing_grad="last"),
+    # Lower capsules whose votes registers hold: 2 or 4 at a time, 4 and 1 a chunk at least. Packs of a lane in float32:
+    # 5 on 8 and on 32 lanes, 8 on 32, of 4 numbers; in 16 bits 3 on 8 and 4 on 32, of 8; in float64 5 on 16, of 2.
+    *(dynamic_routing(f"held-{i}", 2, i, 3, 8, bias=True) for i in (3, 4, 5, 8, 9)),
+    dynamic_routing("held-chunks", 1, 261, 3, 8, bias=True),
+    *(dynamic_routing(f"held-{j}x{e}", 2, 5, j, e, leaky=True) for j, e in ((10, 16), (11, 16), (12, 16), (13, 16))),
+    *(
+        dynamic_routing(f"held-{j}x{e}", 2, 3, j, e)
+        for j, e in ((40, 16), (41, 16), (64, 16), (65, 16), (2, 128), (1, 256))
+    ),
     # Lanes of a vote, packs of 16 bytes or not; numbers of a higher capsule: 32 lanes.
     *(dynamic_routing(f"numbers-{e}", 2, 5, 3, e, bias=True) for e in (8, 16, 31, 33, 132)),
     # Higher capsules: 32 lanes in the softmax, 8 warps in the finish; columns: 256 threads.

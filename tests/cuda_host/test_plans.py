@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from caps_kernels.ops.dynamic_routing import cuda as routing
 from tests.cases import Case, dynamic_routing, predict_votes, squash
 from tests.cuda_host import host
 from tests.cuda_host.test_ops import run
 from tests.test_op_contract import assert_near, gradients
 
-SPLIT = dynamic_routing("split", 3, 70, 3, 4, bias=True)
-SAMPLES = dynamic_routing("samples", 5, 9, 3, 4, bias=True)
+HELD = dynamic_routing("held", 3, 70, 3, 4, bias=True)
+SPLIT = dynamic_routing("split", 3, 70, 3, 5, bias=True)
+SAMPLES = dynamic_routing("samples", 5, 9, 3, 5, bias=True)
 
 
 def launches(case: Case, **settings: int) -> int:
@@ -36,9 +38,11 @@ def launches(case: Case, **settings: int) -> int:
         (predict_votes("together", 3, 4, 4, 3, 16), {}, 2),
         (predict_votes("together-chunks", 5, 26, 4, 2, 16, positions=13), {}, 3),
         # Forward and backward of a launch each; grad_bias joins samples, for which blocks of whole samples cannot wait.
+        (HELD, {}, 2),
         (SPLIT, {}, 2),
         (SAMPLES, {}, 3),
         # A launch for each of 2R steps, and one more for grad_bias.
+        (HELD, {"cooperative": 0}, 13),
         (SPLIT, {"cooperative": 0}, 13),
         (SAMPLES, {"cooperative": 0}, 3),
     ],
@@ -50,14 +54,17 @@ def test_launches_are_as_many_as_the_documents_say(
     assert launches(case, **settings) == wanted
 
 
+@pytest.mark.parametrize("numbers", [4, 5], ids=["registers", "split"])
 @pytest.mark.parametrize("routing_grad", ["full", "last"])
 @pytest.mark.parametrize(
     "settings",
     [{"cooperative": 0}, {"processors": 1, "blocks_a_processor": 1}, {"processors": 20, "blocks_a_processor": 1}],
     ids=str,
 )
-def test_results_are_the_same_bits_on_every_device(settings: dict[str, int], routing_grad: str, raw_ops: None) -> None:
-    case = dynamic_routing("split", 3, 70, 3, 4, bias=True, leaky=True, routing_grad=routing_grad)
+def test_results_are_the_same_bits_on_every_device(
+    settings: dict[str, int], routing_grad: str, numbers: int, raw_ops: None
+) -> None:
+    case = dynamic_routing("split", 3, 70, 3, numbers, bias=True, leaky=True, routing_grad=routing_grad)
     inputs = case.inputs(torch.float32, requires_grad=False)
     library = host.load(case.op)
     wanted = run(case, inputs)
@@ -96,3 +103,30 @@ def test_inputs_that_are_not_aligned_are_read_all_the_same(op: str, raw_ops: Non
     results = run(case, shifted)
     assert_near(results[0], wanted, 5e-6, "result")
     assert_near(results[3 if op == "dynamic_routing" else 1], gradients(wanted, exact)[0], 2e-5, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("parents", "numbers"),
+    [
+        (10, 16),
+        (11, 16),
+        (12, 16),
+        (13, 16),
+        (40, 16),
+        (41, 16),
+        (64, 16),
+        (65, 16),
+        (10, 15),
+        (10, 24),
+        (2, 128),
+        (2, 512),
+    ],
+)
+def test_explain_knows_what_registers_hold(parents: int, numbers: int, dtype: torch.dtype, raw_ops: None) -> None:
+    host.load("dynamic_routing")
+    votes = torch.empty(2, 2 * 5, parents, numbers, dtype=dtype)
+    for given in (votes, votes[:, ::2], votes.transpose(1, 2).contiguous().transpose(1, 2), votes[..., ::2]):
+        # Only these need no shared memory.
+        planned = torch.ops.caps_kernels_cuda_host.dynamic_routing_shared(given, 3) == (0, 0)
+        assert routing.regime(given).startswith("registers") == planned

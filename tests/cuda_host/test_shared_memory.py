@@ -23,9 +23,11 @@ def test_dense_capsules_tells_what_its_plan_has(parents: int, columns: int, dtyp
 def test_dynamic_routing_tells_what_its_arrays_take(raw_ops: None) -> None:
     host.load("dynamic_routing")
     shared = torch.ops.caps_kernels_cuda_host.dynamic_routing_shared
-    votes = torch.empty(128, 1152, 10, 16, device="meta")
-    # 32 lower capsules of a tile have a coefficient for each j, in backward two; six of 256 threads share each of 40
+    votes = torch.empty(128, 1152, 10, 24, device="meta")
+    # 32 lower capsules of a tile have a coefficient for each j, in backward two; four of 256 threads share each of 60
     # packs.
-    assert shared(votes, 3) == (4 * (32 * 10 + 6 * 160), 4 * (2 * 32 * 10 + 6 * 160))
+    assert shared(votes, 3) == (4 * (32 * 10 + 4 * 240), 4 * (2 * 32 * 10 + 4 * 240))
+    # Where registers hold the votes, no shared memory is needed.
+    assert shared(torch.empty(128, 1152, 10, 16, device="meta"), 3) == (0, 0)
     # Coefficients of 10,000 capsules do not fit: they lie in global memory.
     assert shared(torch.empty(1, 8, 10000, 16, device="meta"), 3) == (0, 0)

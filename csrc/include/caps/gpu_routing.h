@@ -31,11 +31,24 @@ struct RoutingArgs {
   int64_t size, columns;    // J · E, and how many packs of n numbers that is
   int64_t sharers;          // threads that share a column, each with lower capsules of its own
   int width;                // lanes of a vote
+  int lanes;                // of a lower capsule, where registers hold its votes (caps/gpu_routing_warp.h), else 0
   int first_step, end_step;
 };
 
+// The number of this thread as something that the compiler cannot know: else it works out what all steps make of it before
+// the first, and keeps that in registers.
+CAPS_DEVICE int thread_of_step() {
+  int thread = int(threadIdx.x);
+#ifndef CAPS_ON_HOST
+  asm volatile("" : "+r"(thread));
+#endif
+  return thread;
+}
+
+// Made anew for each step.
 template <typename scalar_t, int n>
 struct Routing {
+  using Scalar = scalar_t;
   using T = Acc<scalar_t>;
   const RoutingArgs& args;
   T* memory;
@@ -45,12 +58,15 @@ struct Routing {
 
   CAPS_DEVICE Routing(const RoutingArgs& args, T* memory)
       : args(args), memory(memory), B(args.votes.size[0]), I(args.votes.size[1]), J(args.votes.size[2]),
-        E(args.votes.size[3]), columns(args.columns), size(args.size), thread(int(threadIdx.x)), lane(thread % 32),
+        E(args.votes.size[3]), columns(args.columns), size(args.size), thread(thread_of_step()), lane(thread % 32),
         warp(thread / 32), uniform(T(1) / T(J + args.leaky)) {}
+
+  // Whether a block does all of its samples alone.
+  CAPS_DEVICE bool whole_samples() const { return args.chunks == 1 && args.lanes == 0; }
 
   // Between steps: what any block wrote is seen by those that read it.
   CAPS_DEVICE void between_steps() const {
-    if (args.chunks == 1) __syncthreads();
+    if (whole_samples()) __syncthreads();
     else grid_barrier();
   }
 
@@ -63,13 +79,13 @@ struct Routing {
   // f(b, j) for the higher capsules of this warp: of its block's own samples, or of all.
   template <typename F>
   CAPS_DEVICE void each_capsule(const F& f) const {
-    if (args.chunks == 1) {
+    if (whole_samples()) {
       for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
         for (int64_t j = warp; j < J; j += kRoutingWarps) f(b, j);
       }
     } else {
       const int64_t step = int64_t(gridDim.x) * kRoutingWarps;
-      for (int64_t k = int64_t(blockIdx.x) * kRoutingWarps + warp; k < B * J; k += step) f(k / J, k % J);
+      for (int64_t k = int64_t(warp) * gridDim.x + blockIdx.x; k < B * J; k += step) f(k / J, k % J);
     }
   }
 
@@ -184,6 +200,7 @@ struct Routing {
   CAPS_DEVICE T sum_of_chunks(int64_t b, int64_t k) const {
     const T* partial = static_cast<const T*>(args.partial) + b * args.chunks * size + k;
     T sum = 0;
+#pragma unroll 8
     for (int64_t chunk = 0; chunk < args.chunks; ++chunk) sum += partial[chunk * size];
     return sum;
   }
