@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads<Tile>, 1) dense_gradients(const __
   } else {
     DenseBlock<Tile> block(args, shared);
     DenseGradients<Tile> gradients(block);
-    steps([&](int64_t group) { gradients.run(group); });
+    steps([&](int group) { gradients.run(group); });
   }
 }
 

@@ -68,7 +68,8 @@ struct DenseArgs {
   int64_t all;                        // B · J · E
   bool leaky, last_only;              // last_only: routing_grad="last"
   bool wide_u, wide_weight;           // rows of d, of e, are consecutive and aligned to 16 bytes
-  int u_lanes, weight_lanes;          // lanes that share the copy of a row of d, of e
+  int u_shift, weight_shift;          // so many lanes, as powers of 2, share the copy of a row of d, of e
+  int d_shift;                        // the least power of 2 that is not below D
   int sum_lanes;                      // lanes along e where a warp has a vector
   int64_t tiles, chunk, chunks;       // passes: items of a tile of samples and a chunk of lower capsules
   int64_t part, parts, groups;        // gradients: items of `part` lower capsules; `parts` of them to a shared matrix

@@ -52,7 +52,7 @@ class DenseBlock {
   int thread, warp, row0, e_lane;
 
   CAPS_DEVICE DenseBlock(const DenseArgs& a, unsigned char* shared)
-      : args(a), layout(a.layout), stages_(a.stages), shared_(shared) {
+      : args(a), layout(a.layout), shared_(shared) {
     forget();
     // What pads D and E stays zero: copies never reach it.
     for (int n = 4 * thread; n < layout.scores_at; n += 4 * int(blockDim.x)) memory<uint32_t>(n)[0] = 0;
@@ -87,7 +87,7 @@ class DenseBlock {
     walk_ = walk;
     at_ = -1;
     __syncthreads();
-    for (int n = 0; n < stages_ - 1; ++n) fetch(n);
+    for (int n = 0; n < args.stages - 1; ++n) fetch(n);
   }
 
   // Whether there is a next lower capsule.
@@ -96,11 +96,11 @@ class DenseBlock {
   // Goes to the next lower capsule, whose W and u are then there for all, and fetches one more.
   CAPS_DEVICE void next() {
     ++at_;
-    if (stages_ == 2) async_wait<0>();
+    if (args.stages == 2) async_wait<0>();
     else async_wait<2>();
     __syncthreads();
     forget();
-    fetch(at_ + stages_ - 1);
+    fetch(at_ + args.stages - 1);
     forget();
   }
 
@@ -113,9 +113,9 @@ class DenseBlock {
   CAPS_DEVICE const S* u() const { return memory<S>(layout.u_at) + stage(at_) * layout.u_size; }
   // The capsule, its number among those of the walk, how many these are, and the tile of samples.
   CAPS_DEVICE int capsule() const { return walk_.i0 + in_group(); }
-  CAPS_DEVICE int in_group() const { return at_ % walk_.count; }
+  CAPS_DEVICE int in_group() const { return in_group(at_); }
   CAPS_DEVICE int group_size() const { return walk_.count; }
-  CAPS_DEVICE int tile() const { return walk_.tile0 + at_ / walk_.count; }
+  CAPS_DEVICE int tile() const { return walk_.tile0 + of_tiles(at_); }
 
   // x += û
   CAPS_DEVICE void votes(Values& x) const {
@@ -250,29 +250,45 @@ class DenseBlock {
   template <bool backward, typename F>
   CAPS_DEVICE void softmax(T* logits, T* gc, const F& done) const {
     const int lane = thread % kSoftmaxLanes, J = layout.J;
+    constexpr int own = (Tile::kWarps * Tile::kParents + kSoftmaxLanes - 1) / kSoftmaxLanes;  // of a lane, at most
+    constexpr bool few = own <= 2;  // then they stay in registers, of which the other tiles have none to spare
     // A warp has 4 rows at a time, and tiles have multiples of 4.
     for (int r = thread / kSoftmaxLanes; r < Tile::kSamples; r += int(blockDim.x) / kSoftmaxLanes) {
       T *x = logits + r * layout.score_row, *y = gc + r * layout.score_row;
-      T most = args.leaky ? T(0) : T(-INFINITY);  // x[0] is for the lane alone that will write it
-      for (int j = lane; j < J; j += kSoftmaxLanes) most = larger(x[j], most);
+      T most = args.leaky ? T(0) : T(-INFINITY);
+      T kept[few ? own : 1];
+      const auto each_own = [&](const auto& f) {
+        if constexpr (few) {
+#pragma unroll
+          for (int k = 0; k < own; ++k) {
+            if (lane + k * kSoftmaxLanes < J) f(lane + k * kSoftmaxLanes, kept[k]);
+          }
+        } else {
+          for (int j = lane; j < J; j += kSoftmaxLanes) f(j, x[j]);
+        }
+      };
+      each_own([&](int j, T& number) {
+        if constexpr (few) number = x[j];
+        most = larger(number, most);
+      });
       most = group_max(most, kSoftmaxLanes);
       T total = 0, mean = 0;
-      for (int j = lane; j < J; j += kSoftmaxLanes) {
-        const T power = exp(x[j] - most);
+      each_own([&](int j, T& number) {
+        const T power = exp(number - most);
         total += power;
         if constexpr (backward) mean += power * y[j];
-        x[j] = power;
-      }
+        number = power;
+      });
       total = group_sum(total, kSoftmaxLanes);
       if (args.leaky) total += exp(-most);
       const T inverse = 1 / total;
       if constexpr (backward) mean = group_sum(mean, kSoftmaxLanes) * inverse;
-      for (int j = lane; j < J; j += kSoftmaxLanes) {
-        const T c = x[j] * inverse;
+      each_own([&](int j, T& number) {
+        const T c = number * inverse;
         x[j] = c;
         if constexpr (backward) y[j] = c * (y[j] - mean);
         done(r, j, c);
-      }
+      });
     }
   }
 
@@ -298,34 +314,46 @@ class DenseBlock {
     return reinterpret_cast<U*>(shared_ + bytes);
   }
 
-  CAPS_DEVICE int stage(int n) const { return n & (stages_ - 1); }
+  CAPS_DEVICE int stage(int n) const { return n & (args.stages - 1); }
+
+  // Which of the walk's capsules, and which of its tiles, number n is. Divisions are slow, and passes need none; but a
+  // tile of several parents has no registers for the choice.
+  CAPS_DEVICE int in_group(int n) const {
+    if (kParents == 1 && walk_.tiles == 1) return n;
+    return n % walk_.count;
+  }
+  CAPS_DEVICE int of_tiles(int n) const {
+    if (kParents == 1 && walk_.tiles == 1) return 0;
+    return n / walk_.count;
+  }
+  CAPS_DEVICE int matrix_of(int capsule) const { return positions_ == 1 ? capsule : capsule / positions_; }
 
   // How many matrices come before that of capsule n of the walk. A walk over several tiles is over capsules that share a
   // matrix, or have each their own; where it is over one capsule, its matrix stays.
   CAPS_DEVICE int matrix(int n) const {
     if (positions_ == 1) return walk_.count == 1 ? 0 : n;
-    return walk_.tiles == 1 ? (walk_.i0 + n) / positions_ - walk_.i0 / positions_ : 0;
+    return walk_.tiles == 1 ? matrix_of(walk_.i0 + n) - matrix_of(walk_.i0) : 0;
   }
 
   // Fetches capsule n of the walk, if there is one.
   CAPS_DEVICE void fetch(int n) const {
     if (n < walk_.count * walk_.tiles) {
-      const int i = walk_.i0 + n % walk_.count;
-      if (n == 0 || matrix(n) != matrix(n - 1)) fetch_weight(i / positions_, stage(matrix(n)));
-      fetch_u(i, walk_.tile0 + n / walk_.count, stage(n));
+      const int i = walk_.i0 + in_group(n);
+      if (n == 0 || matrix(n) != matrix(n - 1)) fetch_weight(matrix_of(i), stage(matrix(n)));
+      fetch_u(i, walk_.tile0 + of_tiles(n), stage(n));
     }
     async_commit();
   }
 
-  // `rows` rows of `size` numbers into shared memory, `lanes` to a row, by whole 16 bytes where `wide`; from(row) is where
+  // `rows` rows of `size` numbers into shared memory, 2^shift lanes to a row, by whole 16 bytes where `wide`; from(row) is where
   // one begins, and null where there is none and zeros are wanted.
   template <typename F>
-  CAPS_DEVICE void fetch_rows(S* to, int to_row, int rows, int size, int64_t stride, bool wide, int lanes,
+  CAPS_DEVICE void fetch_rows(S* to, int to_row, int rows, int size, int64_t stride, bool wide, int shift,
                               const F& from) const {
-    const int pieces = wide ? size / kUnit : size;
-    for (int r = thread / lanes; r < rows; r += int(blockDim.x) / lanes) {
+    const int pieces = wide ? size / kUnit : size, lanes = 1 << shift;
+    for (int r = thread >> shift; r < rows; r += int(blockDim.x) >> shift) {
       const S* row = from(r);
-      for (int n = thread % lanes; n < pieces; n += lanes) {
+      for (int n = thread & (lanes - 1); n < pieces; n += lanes) {
         if (wide) async_copy(to + r * to_row + n * kUnit, row ? row + n * kUnit : nullptr);
         else to[r * to_row + n] = row ? row[n * stride] : S{};
       }
@@ -338,12 +366,12 @@ class DenseBlock {
     S* to = memory<S>(0) + stage * layout.weight_size;
     constexpr int to_row = Tile::kWeightRow;
     if (layout.depth == layout.D && w.stride[1] == layout.D * w.stride[2]) {
-      fetch_rows(to, to_row, layout.J * layout.D, layout.E, w.stride[3], args.wide_weight, args.weight_lanes,
+      fetch_rows(to, to_row, layout.J * layout.D, layout.E, w.stride[3], args.wide_weight, args.weight_shift,
                  [&](int r) { return from + r * w.stride[2]; });
     } else {
       for (int j = 0; j < layout.J; ++j) {
         fetch_rows(to + j * layout.depth * to_row, to_row, layout.D, layout.E, w.stride[3], args.wide_weight,
-                   args.weight_lanes, [&](int r) { return from + j * w.stride[1] + r * w.stride[2]; });
+                   args.weight_shift, [&](int r) { return from + j * w.stride[1] + r * w.stride[2]; });
       }
     }
   }
@@ -353,7 +381,7 @@ class DenseBlock {
     const int64_t first = tile * Tile::kSamples;
     const S* from = static_cast<const S*>(u.data) + i * u.stride[1];
     S* to = memory<S>(layout.u_at) + stage * layout.u_size;
-    fetch_rows(to, layout.u_row, Tile::kSamples, layout.D, u.stride[2], args.wide_u, args.u_lanes,
+    fetch_rows(to, layout.u_row, Tile::kSamples, layout.D, u.stride[2], args.wide_u, args.u_shift,
                [&](int r) { return first + r < u.size[0] ? from + (first + r) * u.stride[0] : nullptr; });
   }
 
@@ -417,7 +445,6 @@ class DenseBlock {
     }
   }
 
-  const int stages_;
   unsigned char* const shared_;
   const int positions_ = int(args.positions);
   Walk walk_{};

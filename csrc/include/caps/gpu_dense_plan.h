@@ -18,6 +18,13 @@ inline int lanes_for(int64_t pieces) {
   return lanes;
 }
 
+// The least n with 2ⁿ ≥ size.
+inline int power_of(int size) {
+  int n = 0;
+  while (1 << n < size) ++n;
+  return n;
+}
+
 // Items that keep the GPU busy: two blocks for each of 132 processors.
 constexpr int64_t kItems = 264;
 constexpr int64_t kSharedBytes = 160 * 1024;  // that a block may take, as far as the GPU has them
@@ -97,8 +104,9 @@ Plan plan(DenseArgs& a) {
          layout.gradient_bytes(a.stages, matrices)};
     a.wide_u = can_load_wide(a.u, 2, kWide<S>);
     a.wide_weight = can_load_wide(a.weight, 3, kWide<S>);
-    a.u_lanes = lanes_for(a.wide_u ? layout.D / Tile::kUnit : layout.D);
-    a.weight_lanes = lanes_for(a.wide_weight ? layout.E / Tile::kUnit : layout.E);
+    a.u_shift = power_of(lanes_for(a.wide_u ? layout.D / Tile::kUnit : layout.D));
+    a.d_shift = power_of(layout.D);
+    a.weight_shift = power_of(lanes_for(a.wide_weight ? layout.E / Tile::kUnit : layout.E));
   }
   a.part = P > 1 ? ceil_div(P, std::clamp<int64_t>(kItems / types, 1, P)) : matrices;
   a.parts = P > 1 ? ceil_div(P, a.part) : 1;

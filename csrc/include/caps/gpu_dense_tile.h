@@ -88,17 +88,17 @@ class DenseGradients {
   CAPS_DEVICE explicit DenseGradients(Block& b) : block_(b), args_(b.args) {}
 
   // One group: `part` lower capsules, whose matrices are their own or one that they share.
-  CAPS_DEVICE void run(int64_t group) {
-    const int64_t I = args_.u.size[1], P = args_.positions;
+  CAPS_DEVICE void run(int group) {
+    const int I = int(args_.u.size[1]), P = int(args_.positions), part = int(args_.part), parts = int(args_.parts);
     const bool shared = P > 1;
-    const int64_t type = group / args_.parts, end = shared ? (type + 1) * P : I;
-    const int64_t i0 = shared ? type * P + group % args_.parts * args_.part : group * args_.part;
-    const int i1 = int(i0 + args_.part < end ? i0 + args_.part : end);
+    const int type = group / parts, end = shared ? (type + 1) * P : I;
+    const int i0 = shared ? type * P + group % parts * part : group * part;
+    const int i1 = i0 + part < end ? i0 + part : end;
     __syncthreads();
-    for (int n = block_.thread; n < (shared ? 1 : i1 - int(i0)) * block_.layout.matrix; n += int(blockDim.x)) {
+    for (int n = block_.thread; n < (shared ? 1 : i1 - i0) * block_.layout.matrix; n += int(blockDim.x)) {
       sums()[n] = 0;
     }
-    block_.start({int(i0), i1 - int(i0), 0, int(args_.tiles)});
+    block_.start({i0, i1 - i0, 0, int(args_.tiles)});
     while (block_.more()) {
       block_.next();
       capsule();
@@ -149,6 +149,7 @@ class DenseGradients {
     for (int d0 = 0; d0 < block_.layout.depth; d0 += kStep) put_grad_u(grad, d0);
     block_.forget();
     T* sums = this->sums() + (args_.positions > 1 ? 0 : block_.in_group() * block_.layout.matrix);
+#pragma unroll (Tile::kParents == 1 ? 2 : 1)
     for (int d = 0; d < block_.layout.D; ++d) add_grad_weight(grad, d, sums);
     __syncthreads();
     block_.forget();
@@ -191,10 +192,11 @@ class DenseGradients {
   CAPS_DEVICE void write_grad_u(int tile) const {
     const auto& out = args_.grad_u;
     const int D = block_.layout.D, size = Tile::kSamples * block_.layout.depth;
-    for (int n = block_.thread; n < Tile::kSamples * D; n += int(blockDim.x)) {
-      const int row = n / D, d = n % D;
+    for (int n = block_.thread; n < Tile::kSamples << args_.d_shift; n += int(blockDim.x)) {
+      const int row = n >> args_.d_shift, d = n - (row << args_.d_shift);
       const int64_t b = int64_t(tile) * Tile::kSamples + row;
       if (b >= args_.u.size[0]) break;
+      if (d >= D) continue;
       T sum = 0;
       for (int warp = 0; warp < block_.warps(); ++warp) sum += grad_u()[warp * size + row * block_.layout.depth + d];
       static_cast<S*>(out.data)[(b * out.size[1] + block_.capsule()) * D + d] = narrow<S>(sum);
@@ -244,12 +246,12 @@ class DenseGradients {
   }
 
   // The sums of a group's matrices, or of its part of one.
-  CAPS_DEVICE void put_sums(int64_t group) const {
+  CAPS_DEVICE void put_sums(int group) const {
     const int64_t size = int64_t(block_.layout.J) * block_.layout.D * block_.layout.E;
     if (args_.weight_parts) return put(static_cast<T*>(args_.weight_parts) + group * size, sums());
     const bool shared = args_.positions > 1;
     for (int n = 0; n < (shared ? 1 : block_.group_size()); ++n) {
-      const int64_t matrix = shared ? group : group * args_.part + n;
+      const int64_t matrix = shared ? group : int64_t(group) * args_.part + n;
       put(static_cast<S*>(args_.grad_weight.data) + matrix * size, sums() + n * block_.layout.matrix);
     }
   }
