@@ -42,7 +42,7 @@ REST = "end - i < args.tile ? end - i"
 BATCH = "B - first < kBatch ? B - first"
 ONE_U = "shared[threadIdx.x] = grad_u[0];\n"
 WAIT = "else async_wait<2>();"
-FETCH = "    fetch(at_ + stages_ - 1);\n"
+FETCH = "    fetch(at_ + args.stages - 1);\n"
 NEXT = f"{SYNC}    forget();\n{FETCH}"
 CHUNK = "i0 + args.chunk < I ? i0 + args.chunk : I"
 SUM_OVER_LANES = """      const int n = scatter_sum<Tile::kWidth, 16>(part, 0);

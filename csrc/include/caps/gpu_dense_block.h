@@ -255,7 +255,7 @@ class DenseBlock {
     // A warp has 4 rows at a time, and tiles have multiples of 4.
     for (int r = thread / kSoftmaxLanes; r < Tile::kSamples; r += int(blockDim.x) / kSoftmaxLanes) {
       T *x = logits + r * layout.score_row, *y = gc + r * layout.score_row;
-      T most = args.leaky ? T(0) : T(-INFINITY);
+      T most = args.leaky ? T(0) : T(-INFINITY);  // x[0] is for the lane alone that will write it
       T kept[few ? own : 1];
       const auto each_own = [&](const auto& f) {
         if constexpr (few) {
