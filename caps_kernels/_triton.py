@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field
 from functools import cache
@@ -110,6 +110,7 @@ class _Record:
 
 
 _RECORD: ContextVar[_Record | None] = ContextVar("caps_kernels_record", default=None)
+_NOTHING = nullcontext()
 
 
 def launch(
@@ -142,9 +143,17 @@ def launch(
         record.launches.append(launched)
         if record.architecture is not None:
             return
-    on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-    with on_device, _without_warnings() if TRITON_INTERPRETS else nullcontext():
+    with _around(tensor):
         kernel[(programs,)](*args, **constants, **launched.options)
+
+
+def _around(tensor: Tensor) -> AbstractContextManager[object]:
+    """What a launch on a tensor needs around it: its device, where another one is current, which takes a while."""
+    if TRITON_INTERPRETS:
+        return _without_warnings()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _NOTHING
 
 
 @contextmanager
@@ -213,9 +222,15 @@ def padded(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+def cdiv(count: int, size: int) -> int:
+    """How many pieces of a size cover a count. `triton.cdiv` does the same in ten times the time."""
+    return -(-count // size)
+
+
 def strides(tensor: Tensor, dims: Sequence[int]) -> tuple[int, ...]:
     """A tensor's strides along some dimensions; 0 along those of size 1, whose strides mean nothing."""
-    return tuple(tensor.stride(d) if tensor.shape[d] != 1 else 0 for d in dims)
+    sizes, steps = tensor.shape, tensor.stride()
+    return tuple(steps[d] if sizes[d] != 1 else 0 for d in dims)
 
 
 @triton.jit
@@ -267,7 +282,7 @@ def sum_parts(parts: Tensor, result: Tensor) -> None:
     width = 2048 // together
     launch(
         _sum_parts,
-        triton.cdiv(size, width),
+        cdiv(size, width),
         parts,
         result,
         count,

@@ -4,10 +4,10 @@ triton_kernels.py the passes, triton_contract.py the last one of backward; READM
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from caps_kernels._triton import (
@@ -15,6 +15,7 @@ from caps_kernels._triton import (
     Sample,
     accumulator,
     architecture,
+    cdiv,
     dot_precision,
     launch,
     operand,
@@ -26,6 +27,7 @@ from caps_kernels.ops.dense_capsules import triton_contract as last
 from caps_kernels.ops.dense_capsules import triton_kernels as kernels
 from caps_kernels.ops.dense_capsules.triton_plan import (
     CONTRACTION,
+    PLANS,
     STACKED,
     WIDEST,
     Pass,
@@ -93,6 +95,7 @@ def forward(
             COUPLING=return_coupling and is_last,
             LAST=is_last,
             warps=_warps(u, weight, plan),
+            registers=_registers_ahead(u),
         )
     return v, s, coupling
 
@@ -133,7 +136,7 @@ def _begin_backward(grad_v: Tensor, u: Tensor, weight: Tensor, s: Tensor) -> tup
     rows = max(1, 4096 // s.element_size() // padded(out_dim))
     launch(
         kernels.begin_backward,
-        triton.cdiv(batch * out_capsules, rows),
+        cdiv(batch * out_capsules, rows),
         *(grad_v, s, total_v, g, arrivals, batch * out_capsules, iterations, arrivals.numel()),
         J=out_capsules,
         E=out_dim,
@@ -151,15 +154,17 @@ def _passes_backward(
     """Fill g for every iteration from the last one's."""
     plan = backward_pass(u, weight)
     parts, grad_total = s.new_empty((plan.chunks, *s.shape[1:])), s.new_empty(s.shape[1:])
+    constants = _constants(u, weight, positions, plan)
     for t in reversed(range(1, s.shape[0])):
         launch(
             kernels.iterate_backward,
             plan.tiles * plan.chunks,
             *(u, weight, s, total_v, g, grad_total, parts, arrivals[t], t, s.shape[0]),
             *(u.shape[0], u.shape[1], plan.chunks, plan.group, plan.length),
-            **_constants(u, weight, positions, plan),
+            **constants,
             LEAKY=leaky,
             warps=_warps(u, weight, plan),
+            registers=_registers_back(u),
         )
 
 
@@ -178,7 +183,7 @@ def _contract(
     iterations, batch, out_capsules, _ = g.shape
     plan, how = divide(u, weight, CONTRACTION, warps=4), contraction(u, weight)
     kept = g.new_empty((how.programs, 2 * max(iterations - 1, 0), how.segment, out_capsules))
-    blocks = triton.cdiv(out_capsules, how.parents) * triton.cdiv(weight.shape[3], how.elements)
+    blocks = cdiv(out_capsules, how.parents) * cdiv(weight.shape[3], how.elements)
     partial_u = g.new_empty((how.programs if blocks > 1 else 0, how.segment, u.shape[2]))
     parts = g.new_empty((how.spans, *weight.shape)) if how.in_parts else None
     launch(
@@ -204,10 +209,10 @@ def _contract(
 def _finish_backward(parts: Tensor | None, grad_weight: Tensor, g: Tensor, grad_bias: Tensor) -> None:
     """Sums over parts and over samples that are left, in one launch."""
     width, together = 64, 32
-    programs = 0 if parts is None else triton.cdiv(grad_weight.numel(), width)
+    programs = 0 if parts is None else cdiv(grad_weight.numel(), width)
     launch(
         last.finish_backward,
-        programs + triton.cdiv(grad_bias.numel(), width),
+        programs + cdiv(grad_bias.numel(), width),
         *(g if parts is None else parts, grad_weight, 0 if parts is None else parts.shape[0], grad_weight.numel()),
         *(programs, g, grad_bias, g.shape[0] * g.shape[1], grad_bias.numel()),
         PARTS=together,
@@ -226,6 +231,16 @@ def _warps(u: Tensor, weight: Tensor, plan: Pass) -> int:
     return min(plan.warps, 8) if name.startswith("gfx") else plan.warps
 
 
+def _registers_ahead(u: Tensor) -> int | None:
+    """What a thread of forward may take: in float64 NVIDIA's assembler, left to itself, spills up to 32 bytes."""
+    return 255 if u.dtype == torch.float64 else None
+
+
+def _registers_back(u: Tensor) -> int | None:
+    """As `_registers_ahead`, of a pass backward: on sm_100 some tiles of float64 spill 16 bytes."""
+    return 255 if u.dtype == torch.float64 and architecture(u).startswith("sm_10") else None
+
+
 def _registers(u: Tensor) -> int:
     """What a thread of the last pass may take. Left to itself NVIDIA's assembler takes fewer, so that there is room for
     more programs, and spills the rest.
@@ -233,45 +248,59 @@ def _registers(u: Tensor) -> int:
     return 255 if u.element_size() > 2 or architecture(u).startswith("sm_8") else 168
 
 
-def _depth(u: Tensor, samples: int) -> int:
-    """Dimensions of a product at a time; 0 where û is made without matrix units."""
-    if u.dtype == torch.float64 or samples < 8:
-        return 0
-    return min(padded(u.shape[2], 16 if u.element_size() == 2 else LEAST_DEPTH), 16)
-
-
 def _stacked(u: Tensor) -> int:
     """As `_depth`, of the first iteration, whose products take dimensions of one lower capsule after the other."""
     return STACKED if u.element_size() == 2 else max(STACKED // 2, LEAST_DEPTH)
 
 
-def _far(u: Tensor, weight: Tensor) -> bool:
-    """Whether elements of a tile lie 2³¹ elements apart."""
-    near = 2**31 - 1
-    of_u = 64 * abs(u.stride(0)) + STACKED * abs(u.stride(1)) + u.shape[2] * abs(u.stride(2))
-    matrix = sum(weight.shape[n] * abs(weight.stride(n)) for n in (1, 2, 3))
-    return of_u > near or STACKED * abs(weight.stride(0)) + matrix > near
-
-
 def _constants(u: Tensor, weight: Tensor, positions: int, plan: Pass) -> dict[str, Any]:
     """The compile-time arguments of every kernel that makes û."""
-    _, out_capsules, in_dim, out_dim = weight.shape
+    layouts = (u.shape, strides(u, range(3)), weight.shape, strides(weight, range(4)))
+    return {**_sizes(*layouts, u.dtype, positions, plan.samples), "PRECISION": _precision(u)}
+
+
+@lru_cache(PLANS)
+def _sizes(
+    of_u: torch.Size,
+    u_strides: tuple[int, ...],
+    of_weight: torch.Size,
+    weight_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    positions: int,
+    samples: int,
+) -> dict[str, Any]:
+    """As `_constants`, but for the precision, which a setting decides."""
+    _, out_capsules, in_dim, out_dim = of_weight
     return {
         "J": out_capsules,
         "D": in_dim,
         "E": out_dim,
         "P": positions,
-        **dict(zip(("U0", "U1", "U2"), strides(u, range(3)), strict=True)),
-        **dict(zip(("W0", "W1", "W2", "W3"), strides(weight, range(4)), strict=True)),
-        "SAMPLES": plan.samples,
+        **dict(zip(("U0", "U1", "U2"), u_strides, strict=True)),
+        **dict(zip(("W0", "W1", "W2", "W3"), weight_strides, strict=True)),
+        "SAMPLES": samples,
         "JP": padded(out_capsules),
         "EP": padded(out_dim),
-        "DEPTH": _depth(u, plan.samples),
-        "FAR": _far(u, weight),
-        "TYPE": accumulator(u.dtype),
-        "OPERAND": operand(u.dtype),
-        "PRECISION": _precision(u),
+        "DEPTH": _depth(dtype, in_dim, samples),
+        "FAR": _far(of_u, u_strides, of_weight, weight_strides),
+        "TYPE": accumulator(dtype),
+        "OPERAND": operand(dtype),
     }
+
+
+def _depth(dtype: torch.dtype, in_dim: int, samples: int) -> int:
+    """Dimensions of a product at a time; 0 where û is made without matrix units."""
+    if dtype == torch.float64 or samples < 8:
+        return 0
+    return min(padded(in_dim, 16 if dtype.itemsize == 2 else LEAST_DEPTH), 16)
+
+
+def _far(of_u: torch.Size, u_strides: tuple[int, ...], of_weight: torch.Size, weight_strides: tuple[int, ...]) -> bool:
+    """Whether elements of a tile lie 2³¹ elements apart."""
+    near = 2**31 - 1
+    in_u = 64 * u_strides[0] + STACKED * u_strides[1] + of_u[2] * u_strides[2]
+    matrix = sum(of_weight[n] * weight_strides[n] for n in (1, 2, 3))
+    return in_u > near or STACKED * weight_strides[0] + matrix > near
 
 
 def _precision(u: Tensor) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isqrt
 
 import torch
-import triton
 from torch import Tensor
 
-from caps_kernels._triton import Count, padded
+from caps_kernels._triton import Count, cdiv, padded
 from caps_kernels.ops.precision import accumulation_dtype
 
 WIDEST = 8192
@@ -34,6 +34,8 @@ half as many, for its registers.
 """
 COLUMNS = 64
 """Columns of û whose gradient is formed at a time."""
+PLANS = 1024
+"""So many plans are kept: a call on a fast GPU takes less time than making one."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class Pass:
     @property
     def counters(self) -> int:
         """How many arrivals are counted."""
-        groups: int = triton.cdiv(self.chunks, self.group)
-        return self.tiles * (groups + 1)
+        return self.tiles * (cdiv(self.chunks, self.group) + 1)
 
 
 @dataclass(frozen=True)
@@ -90,29 +91,39 @@ def backward_pass(u: Tensor, weight: Tensor) -> Pass:
 
 def divide(u: Tensor, weight: Tensor, elements: int, warps: int) -> Pass:
     """Tiles of up to so many elements, and chunks; by shapes and dtype alone."""
-    batch, in_capsules, _ = u.shape
-    exact = u.dtype == torch.float64
-    most = max(1, min(elements // (4 if exact else 1) // columns(weight), 64))
+    return _divide(u.shape[0], u.shape[1], columns(weight), u.dtype == torch.float64, elements, warps)
+
+
+@lru_cache(PLANS)
+def _divide(batch: int, in_capsules: int, width: int, exact: bool, elements: int, warps: int) -> Pass:
+    """As `divide`, where û has so many columns."""
+    most = max(1, min(elements // (4 if exact else 1) // width, 64))
     samples = min(most, padded(max(batch, 1), 1 if exact else 8))
-    tiles = triton.cdiv(batch, samples)
-    few, many = triton.cdiv(PROGRAMS, max(tiles, 1)), triton.cdiv(MOST_PROGRAMS, max(tiles, 1))
-    wanted = max(min(many, max(few, in_capsules // LONG)), triton.cdiv(in_capsules, LONGEST))
-    length = max(triton.cdiv(in_capsules, wanted), min(SHORTEST, in_capsules))
-    chunks = triton.cdiv(in_capsules, length)
+    tiles = cdiv(batch, samples)
+    few, many = cdiv(PROGRAMS, max(tiles, 1)), cdiv(MOST_PROGRAMS, max(tiles, 1))
+    wanted = max(min(many, max(few, in_capsules // LONG)), cdiv(in_capsules, LONGEST))
+    length = max(cdiv(in_capsules, wanted), min(SHORTEST, in_capsules))
+    chunks = cdiv(in_capsules, length)
     group = isqrt(chunks - 1) + 1 if chunks > 1 else 1
     # A tile of few elements has few warps, down to 4; those of float64 count twice.
-    filled = warps * samples * columns(weight) * (2 if exact else 1) // FORWARD
+    filled = warps * samples * width * (2 if exact else 1) // FORWARD
     return Pass(samples, tiles, length, chunks, group, max(4, min(warps, filled)))
 
 
 def contraction(u: Tensor, weight: Tensor) -> Contraction:
     """The division of the last pass of backward."""
-    batch, in_capsules, in_dim = u.shape
-    types, out_capsules, _, out_dim = weight.shape
-    positions, exact = in_capsules // types, u.dtype == torch.float64
-    spans = min(positions, triton.cdiv(MOST_PROGRAMS, types))
-    span = triton.cdiv(positions, spans)
-    spans = triton.cdiv(positions, span)
+    return _contraction(u.shape, weight.shape, u.dtype == torch.float64)
+
+
+@lru_cache(PLANS)
+def _contraction(of_u: torch.Size, of_weight: torch.Size, exact: bool) -> Contraction:
+    """As `contraction`, of shapes."""
+    batch, in_capsules, in_dim = of_u
+    types, out_capsules, _, out_dim = of_weight
+    positions = in_capsules // types
+    spans = min(positions, cdiv(MOST_PROGRAMS, types))
+    span = cdiv(positions, spans)
+    spans = cdiv(positions, span)
     elements = min(padded(out_dim), 32 if exact else COLUMNS)
     return Contraction(
         programs=min(types * spans, MOST_PROGRAMS),
@@ -179,7 +190,7 @@ def _of_pass(u: Tensor, weight: Tensor, plan: Pass) -> tuple[int, int]:
     matrix, item = weight[0].numel(), u.element_size()
     part = u.shape[0] * weight.shape[1] * weight.shape[3] * accumulation_dtype(u.dtype).itemsize
     read = u.numel() * item + plan.tiles * u.shape[1] * matrix * item
-    return read, (plan.chunks + triton.cdiv(plan.chunks, plan.group)) * part
+    return read, (plan.chunks + cdiv(plan.chunks, plan.group)) * part
 
 
 def _of_contraction(u: Tensor, weight: Tensor, iterations: int, constant: bool) -> Count:
@@ -189,7 +200,7 @@ def _of_contraction(u: Tensor, weight: Tensor, iterations: int, constant: bool) 
     how, samples = contraction(u, weight), divide(u, weight, CONTRACTION, warps=4).samples
     item, wide = u.element_size(), accumulation_dtype(u.dtype).itemsize
     segments = [min(how.segment, batch - first) for first in range(0, batch, how.segment)]
-    tiles = sum(triton.cdiv(segment, samples) for segment in segments)
+    tiles = sum(cdiv(segment, samples) for segment in segments)
     terms, kinds = (1, 1) if constant else (iterations - 1, 2)  # c alone, or c and gb
     votes, matrices = batch * in_capsules * out_capsules * out_dim, in_capsules * weight[0].numel()
     coefficients = terms * kinds * batch * in_capsules * out_capsules * wide
@@ -198,8 +209,8 @@ def _of_contraction(u: Tensor, weight: Tensor, iterations: int, constant: bool) 
         read += u.numel() * item + tiles * matrices * item + terms * kinds * votes * wide
         written += coefficients
         flop += 2 * votes * (in_dim + terms * kinds)
-    deep, wide_blocks = triton.cdiv(in_dim, how.dims), triton.cdiv(out_dim, how.elements)
-    blocks = triton.cdiv(out_capsules, how.parents) * wide_blocks
+    deep, wide_blocks = cdiv(in_dim, how.dims), cdiv(out_dim, how.elements)
+    blocks = cdiv(out_capsules, how.parents) * wide_blocks
     formed = terms * kinds + (0 if constant else 1)
     read += deep * (formed * votes * wide + wide_blocks * coefficients)
     read += len(segments) * matrices * item + blocks * u.numel() * item + (blocks - 1) * u.numel() * wide

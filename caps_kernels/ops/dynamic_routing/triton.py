@@ -14,11 +14,24 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from caps_kernels._triton import Count, Sample, accumulator, launch, load, padded, program, store, strides, sum_parts
+from caps_kernels._triton import (
+    Count,
+    Sample,
+    accumulator,
+    cdiv,
+    launch,
+    load,
+    padded,
+    program,
+    store,
+    strides,
+    sum_parts,
+)
 from caps_kernels.backends import Implementation
 from caps_kernels.ops.dynamic_routing import triton_wide as wide
 from caps_kernels.ops.precision import accumulation_dtype
@@ -27,7 +40,7 @@ from caps_kernels.ops.squash.triton import squash_gradient, squash_of
 TILE = 2048
 """Votes in a tile: several lower capsules of few votes each."""
 LARGEST_TILE = 8192
-"""More votes of one lower capsule are left to triton_wide.py."""
+"""More votes of one lower capsule are left to triton_wide.py; in float64, which takes twice the registers, half."""
 PROGRAMS = 512
 """So many programs keep a large GPU busy: samples are divided into chunks until there are."""
 LONGEST_CHUNK = 4096
@@ -36,7 +49,8 @@ LONGEST_CHUNK = 4096
 SAMPLES = (
     Sample("28x28, 10 classes", {"votes": (128, 1152, 10, 16), "bias": (10, 16)}),
     Sample("59 classes", {"votes": (16, 1152, 59, 16)}, {"leaky": True}),
-    Sample("many classes", {"votes": (4, 288, 200, 32)}),
+    Sample("100 classes", {"votes": (4, 288, 100, 32)}),
+    Sample("200 classes", {"votes": (4, 288, 200, 32)}),
     Sample("too many for a tile", {"votes": (4, 64, 1000, 16)}),
     Sample("last", {"votes": (32, 288, 32, 16)}, {"routing_grad": "last"}),
     Sample("odd", {"votes": (16, 100, 7, 11)}),
@@ -69,10 +83,10 @@ class Tiling:
 def tiling(batch: int, in_capsules: int, votes: int) -> Tiling:
     """For samples of I lower capsules, each with so many votes once these are padded."""
     rows = max(1, min(TILE // votes, 8, padded(in_capsules)))
-    enough = min(triton.cdiv(PROGRAMS, max(batch, 1)), isqrt(in_capsules))
-    wanted = max(1, enough, triton.cdiv(in_capsules, LONGEST_CHUNK))
-    length = triton.cdiv(triton.cdiv(in_capsules, wanted), rows) * rows
-    return Tiling(rows, length, triton.cdiv(in_capsules, length), max(4, min(8, votes * rows // 512)))
+    enough = min(cdiv(PROGRAMS, max(batch, 1)), isqrt(in_capsules))
+    wanted = max(1, enough, cdiv(in_capsules, LONGEST_CHUNK))
+    length = cdiv(cdiv(in_capsules, wanted), rows) * rows
+    return Tiling(rows, length, cdiv(in_capsules, length), max(4, min(8, votes * rows // 512)))
 
 
 @triton.jit
@@ -274,7 +288,8 @@ def backward_last(
 
 def is_wide(votes: Tensor) -> bool:
     """Whether one lower capsule's votes are too many for a tile."""
-    return padded(votes.shape[2]) * padded(votes.shape[3]) > LARGEST_TILE
+    largest = LARGEST_TILE // 2 if votes.dtype == torch.float64 else LARGEST_TILE
+    return padded(votes.shape[2]) * padded(votes.shape[3]) > largest
 
 
 def forward(
@@ -439,7 +454,7 @@ def counts(
 
 
 def regime(votes: Tensor, *_: Any) -> str:
-    """How the votes [B, I, J, E] are divided; it depends on their shape alone."""
+    """How the votes [B, I, J, E] are divided; it depends on their shape and dtype alone."""
     if is_wide(votes):
         return "wide: coefficients written, the votes read several times an iteration"
     tiles = _plan(votes)[0]

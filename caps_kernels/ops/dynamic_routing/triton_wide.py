@@ -18,6 +18,7 @@ from torch import Tensor
 from caps_kernels._triton import (
     Count,
     accumulator,
+    cdiv,
     launch,
     load,
     padded,
@@ -184,7 +185,7 @@ def backward(
     all_g, grad_votes = torch.stack(g), votes.new_empty(votes.shape)
     launch(
         spread,
-        batch * triton.cdiv(in_capsules, ROWS) * triton.cdiv(out_capsules * out_dim, COLUMNS),
+        batch * cdiv(in_capsules, ROWS) * cdiv(out_capsules * out_dim, COLUMNS),
         *(coupling, gb, all_g, total_v, grad_votes, kept, batch, in_capsules),
         J=out_capsules,
         E=out_dim,
@@ -206,7 +207,7 @@ def _couplings(votes: Tensor, total_v: Tensor | None, leaky: bool, coupling: Ten
 def _agree(votes: Tensor, vectors: Tensor, out: Tensor) -> None:
     """Write û · vectors [B, J, E] to out [B, I, J]."""
     batch, in_capsules, out_capsules, _ = votes.shape
-    programs = batch * in_capsules * triton.cdiv(out_capsules, ROWS)
+    programs = batch * in_capsules * cdiv(out_capsules, ROWS)
     launch(agree, programs, votes, vectors, out, in_capsules, **_sizes(votes))
 
 
@@ -215,15 +216,15 @@ def _gather(votes: Tensor, coefficients: Tensor, result: Tensor) -> None:
     batch, in_capsules, out_capsules, out_dim = votes.shape
     length, chunks = _chunks(in_capsules)
     parts = result.new_empty((chunks, *result.shape))
-    programs = chunks * batch * triton.cdiv(out_capsules * out_dim, COLUMNS)
+    programs = chunks * batch * cdiv(out_capsules * out_dim, COLUMNS)
     launch(gather, programs, votes, coefficients, parts, batch, in_capsules, length, **_sizes(votes))
     sum_parts(parts, result)
 
 
 def _chunks(in_capsules: int) -> tuple[int, int]:
     """Lower capsules of a chunk, and how many chunks there are."""
-    length: int = triton.cdiv(triton.cdiv(in_capsules, isqrt(in_capsules)), ROWS) * ROWS
-    return length, triton.cdiv(in_capsules, length)
+    length = cdiv(cdiv(in_capsules, isqrt(in_capsules)), ROWS) * ROWS
+    return length, cdiv(in_capsules, length)
 
 
 def _sizes(votes: Tensor) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def counts(
     backward_counts += (1 if last and later else later) * [agreed, softmax]
     backward_counts += passes * [agreed, Count(1, 4 * coefficients, coefficients, 0), gathered]
     backward_counts += max(passes - 1, 0) * [Count(1, 2 * one, one, 0)]
-    spread_bytes = votes.numel() * wide + triton.cdiv(votes.shape[1], ROWS) * one
+    spread_bytes = votes.numel() * wide + cdiv(votes.shape[1], ROWS) * one
     terms = kept + passes
     backward_counts += [Count(1, terms * spread_bytes, votes.numel() * item, 2 * terms * votes.numel())]
     backward_counts += [Count(1, rounded, one, 0)] if rounded else []

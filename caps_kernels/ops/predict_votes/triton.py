@@ -21,6 +21,7 @@ from caps_kernels._triton import (
     Count,
     Sample,
     accumulator,
+    cdiv,
     dot_precision,
     launch,
     load,
@@ -161,10 +162,10 @@ def forward(u: Tensor, weight: Tensor, positions: int) -> tuple[Tensor]:
     votes = u.new_empty((batch, in_capsules, out_capsules, out_dim))
     rows, columns = batch * positions, out_capsules * out_dim
     tiles = forward_tiles(rows, columns, depth, u.dtype)
-    row_tiles = triton.cdiv(rows, tiles.rows)
+    row_tiles = cdiv(rows, tiles.rows)
     launch(
         forward_kernel,
-        types * row_tiles * triton.cdiv(columns, tiles.columns),
+        types * row_tiles * cdiv(columns, tiles.columns),
         u, weight.contiguous(), votes, rows, row_tiles,
         **_sizes(u, weight, positions, tiles), V0=in_capsules * columns,
     )  # fmt: skip
@@ -178,13 +179,13 @@ def backward(grad_votes: Tensor, u: Tensor, weight: Tensor, positions: int) -> t
     grad_u, grad_weight = u.new_empty(u.shape), weight.new_empty(weight.shape)
     rows = batch * positions
     tiles = backward_tiles(rows, out_capsules * out_dim, depth, u.dtype)
-    row_tiles = triton.cdiv(rows, tiles.rows)
+    row_tiles = cdiv(rows, tiles.rows)
     parts = grad_weight
     if row_tiles != 1:
         parts = weight.new_empty((row_tiles, *weight.shape), dtype=accumulation_dtype(weight.dtype))
     launch(
         backward_kernel,
-        types * row_tiles * triton.cdiv(depth, tiles.depth),
+        types * row_tiles * cdiv(depth, tiles.depth),
         grad_votes, u, weight.contiguous(), grad_u, parts, rows, row_tiles, types, out_capsules * out_dim,
         **_sizes(u, weight, positions, tiles), GU0=in_capsules * depth, warps=tiles.warps,
         **dict(zip(("G0", "G1", "G2", "G3"), strides(grad_votes, range(4)), strict=True)),
@@ -210,11 +211,11 @@ def counts(u: Tensor, weight: Tensor, positions: int) -> tuple[Count, Count]:
     item, wide = u.element_size(), accumulation_dtype(u.dtype).itemsize
     votes = u.shape[0] * u.shape[1] * columns
     tiles = forward_tiles(rows, columns, depth, u.dtype)
-    read = u.numel() * triton.cdiv(columns, tiles.columns) + weight.numel() * triton.cdiv(rows, tiles.rows)
+    read = u.numel() * cdiv(columns, tiles.columns) + weight.numel() * cdiv(rows, tiles.rows)
     forward_count = Count(1, read * item, votes * item, 2 * votes * depth)
     tiles = backward_tiles(rows, columns, depth, u.dtype)
-    parts = triton.cdiv(rows, tiles.rows)
-    read = votes * triton.cdiv(depth, tiles.depth) + u.numel() + weight.numel() * parts
+    parts = cdiv(rows, tiles.rows)
+    read = votes * cdiv(depth, tiles.depth) + u.numel() + weight.numel() * parts
     summed = weight.numel() * parts * wide if parts > 1 else 0
     written = (u.numel() + weight.numel()) * item + summed
     return forward_count, Count(1 + (parts > 1), read * item + summed, written, 4 * votes * depth)

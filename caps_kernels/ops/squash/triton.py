@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from caps_kernels._triton import Count, Sample, accumulator, launch, load, padded, program, store, strides
+from caps_kernels._triton import Count, Sample, accumulator, cdiv, launch, load, padded, program, store, strides
 from caps_kernels.backends import Implementation
 
 TILE = 2048
@@ -223,7 +223,7 @@ def _launch(s: Tensor, grad: tuple[Tensor, ...], result: Tensor) -> None:
     height = max(1, TILE // width // (2 if s.dtype == torch.float64 else 1))
     kernel = backward_whole if grad else forward_whole
     warps = 8 if width > TILE else 4
-    launch(kernel, triton.cdiv(rows, height), *grad, s, result, rows, warps=warps, **common, ROWS=height, WIDTH=width)
+    launch(kernel, cdiv(rows, height), *grad, s, result, rows, warps=warps, **common, ROWS=height, WIDTH=width)
 
 
 def counts(s: Tensor, dim: int) -> tuple[Count, Count]:
