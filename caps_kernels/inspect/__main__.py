@@ -18,15 +18,13 @@ from caps_kernels.inspect.gpus import GPUS
 from caps_kernels.inspect.table import Row
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-EVERYWHERE = ("float32", "bfloat16")
-"""Triton compiles them for every sample; the other dtypes for the first sample, unless they are asked for."""
 
 DESCRIPTION = """\
 Read what compilers make of the GPU kernels. No GPU is needed.
 
-triton: every kernel is compiled ahead of time, with every tile it uses, for NVIDIA's A100 (sm_80), H100 (sm_90) and
-B200 (sm_100) and AMD's MI300 (gfx942); NVIDIA's assembler and disassembler come with Triton. Each row is one kernel as
-a call named by the op (its SAMPLES) would launch it.
+triton: every kernel is compiled ahead of time, with every tile and in every dtype, for NVIDIA's A100 (sm_80), H100
+(sm_90) and B200 (sm_100) and AMD's MI300 (gfx942); NVIDIA's assembler and disassembler come with Triton. Each row is
+one kernel as a call named by the op (its SAMPLES) would launch it.
 cuda: every kernel in the library that setup.py built, for the GPUs it was built for, read with the cuobjdump and the
 nvdisasm of the CUDA toolkit, or else Triton's. Each row is one kernel with the threads of its launch bounds, and the
 dynamic shared memory of a call with J, D and E as the row says and B=128 I=1152 R=3; of the tiles of dense_capsules,
@@ -137,10 +135,10 @@ def triton_tasks(
     return [
         ("triton", op, sample.name, dtype, target)
         for op in ops
-        for number, sample in enumerate(ahead.samples(op))
+        for sample in ahead.samples(op)
         for dtype in dtypes or DTYPES
         for target in targets or GPUS
-        if (not samples or sample.name in samples) and (dtypes or dtype in EVERYWHERE or number == 0)
+        if not samples or sample.name in samples
     ]
 
 

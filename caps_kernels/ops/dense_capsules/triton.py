@@ -163,8 +163,7 @@ def _passes_backward(
             *(u.shape[0], u.shape[1], plan.chunks, plan.group, plan.length),
             **constants,
             LEAKY=leaky,
-            warps=_warps(u, weight, plan),
-            registers=_registers_back(u),
+            warps=_warps_back(u, weight, plan),
         )
 
 
@@ -231,14 +230,15 @@ def _warps(u: Tensor, weight: Tensor, plan: Pass) -> int:
     return min(plan.warps, 8) if name.startswith("gfx") else plan.warps
 
 
+def _warps_back(u: Tensor, weight: Tensor, plan: Pass) -> int:
+    """As `_warps`, of a pass backward: on sm_100 full tiles of float64 spill with 8 warps."""
+    full = u.dtype == torch.float64 and plan.warps == 8
+    return 16 if full and architecture(u).startswith("sm_10") else _warps(u, weight, plan)
+
+
 def _registers_ahead(u: Tensor) -> int | None:
     """What a thread of forward may take: in float64 NVIDIA's assembler, left to itself, spills up to 32 bytes."""
     return 255 if u.dtype == torch.float64 else None
-
-
-def _registers_back(u: Tensor) -> int | None:
-    """As `_registers_ahead`, of a pass backward: on sm_100 some tiles of float64 spill 16 bytes."""
-    return 255 if u.dtype == torch.float64 and architecture(u).startswith("sm_10") else None
 
 
 def _registers(u: Tensor) -> int:

@@ -81,7 +81,8 @@ def columns(weight: Tensor) -> int:
 def forward_pass(u: Tensor, weight: Tensor) -> Pass:
     """The division of a pass of the forward."""
     deep = u.dtype == torch.float32 and columns(weight) <= NARROW
-    return divide(u, weight, DEEP if deep else FORWARD, warps=8)
+    # A full tile of float64 is a quarter of others and has as many warps: with half of them it spilled.
+    return divide(u, weight, DEEP if deep else FORWARD, warps=16 if u.dtype == torch.float64 else 8)
 
 
 def backward_pass(u: Tensor, weight: Tensor) -> Pass:
