@@ -59,6 +59,9 @@ class Implementation:
     """Why it cannot run these arguments (a dtype it lacks, say), or None."""
     regime: Callable[..., str] = lambda *_: "plain"
     """Which of its kernels or tilings would run these arguments."""
+    slow: Callable[..., str | None] = lambda *_: None
+    """Why it is no good choice for these arguments, by their shapes and dtypes alone, or None: a later backend of the
+    device's preference is then taken unasked, but not the reference."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Lazy:
     """
 
     module: str
-    """It holds `IMPLEMENTATION`, an `Implementation` without a `why_not`."""
+    """It holds `IMPLEMENTATION`, an `Implementation` without a `why_not` and a `slow`."""
 
     def load(self) -> Implementation:
         """The implementation. Raises ImportError."""
@@ -86,6 +89,8 @@ class Verdict:
     chosen: bool
     distrust: str | None = None
     """Why it is not taken unasked although it can run: what its self-check found; or None."""
+    slow: str | None = None
+    """Why it is taken unasked only where none but the reference is left; or None."""
 
     def __str__(self) -> str:
         if self.reason is not None:
@@ -93,7 +98,8 @@ class Verdict:
         if self.distrust is not None:
             asked = "runs, for it was asked for" if self.chosen else "would run only when asked for"
             return f"{self.backend}: {asked} ({self.regime}): {self.distrust}"
-        return f"{self.backend}: {'runs' if self.chosen else 'would run'} ({self.regime})"
+        slow = "" if self.slow is None else f": {self.slow}"
+        return f"{self.backend}: {'runs' if self.chosen else 'would run'} ({self.regime}){slow}"
 
 
 class Explanation(tuple[Verdict, ...]):
@@ -201,8 +207,9 @@ def why_not(op: str, backend: str, args: Sequence[Any]) -> str | None:
 
 def select(op: str, args: Sequence[Any], backend: str | None = None, *, warn: bool = True) -> str:
     """The backend that runs `op` on `args`: the one asked for, else that of `use()`, of CAPS_KERNELS_BACKEND, or
-    the first of the device's preference that can and passes its self-check. One that fails it is warned of once, a
-    fall to the reference once an op, unless not `warn`.
+    the first of the device's preference that can and passes its self-check; one that is slow at it is passed over for
+    another, though not for the reference. One that fails the check is warned of once, a fall to the reference once an
+    op, unless not `warn`.
 
     Raises:
         ValueError: the name is none of `BACKENDS`.
@@ -217,20 +224,32 @@ def select(op: str, args: Sequence[Any], backend: str | None = None, *, warn: bo
         return asked
     reasons: list[str] = []
     failed: list[tuple[str, str]] = []
+    slow: list[str] = []
     for name in PREFERENCE.get(args[0].device.type, ("reference",)):
         reason = why_not(op, name, args)
         if reason is None:
             reason = distrust(name, args[0].device)
             if reason is None:
-                break
+                if name == "reference" or why_slow(op, name, args) is None:
+                    break
+                slow.append(name)
+                continue
             failed.append((name, reason))
         reasons.append(f"{name}: {reason}")
+    if slow and name == "reference":
+        name = slow[0]
     if warn and reasons and name == "reference":
         _warn_of_fallback(op, "; ".join(reasons))
     elif warn:
         for failure in failed:
             _warn_of_distrust(*failure)
     return name
+
+
+def why_slow(op: str, backend: str, args: Sequence[Any]) -> str | None:
+    """Why `backend` is no good choice for `op` on `args`, which it can run, or None."""
+    found = _IMPLEMENTATIONS[op, backend]
+    return None if isinstance(found, Lazy) else found.slow(*args)
 
 
 def _chosen() -> str | None:
@@ -313,6 +332,7 @@ def explain(op: str, *args: Any, **options: Any) -> Explanation:
             chosen=name == chosen,
             # Whatever comes before the chosen one was checked when that was selected.
             distrust=None if reason is not None else distrust(name, prepared[0].device, check=False),
+            slow=None if reason is not None else why_slow(op, name, prepared),
         )
         for name, reason in reasons.items()
     )

@@ -7,6 +7,7 @@ import sys
 import threading
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from caps_kernels import BackendError, FallbackWarning, backends, functional
-from caps_kernels.backends import Implementation
+from caps_kernels.backends import Backend, Implementation
 from tests.fake_backend import CPP_IS_MISSING, Fake, install
 
 
@@ -48,6 +49,23 @@ def test_a_backend_without_the_op_is_passed_over(fake: Fake) -> None:
         functional.predict_votes(torch.ones(1, 2, 3), torch.ones(2, 1, 3, 4))
     with pytest.raises(BackendError, match="has no implementation on backend 'fake'"):
         backends.implementation("predict_votes", "fake")
+
+
+def test_a_slow_backend_is_passed_over_but_not_for_the_reference(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = replace(fake.implementation, slow=lambda s, dim: "vectors longer than 2" if s.shape[dim] > 2 else None)
+    backends.register("squash", "fake", slow)
+    assert ran_on(fake) == "fake"
+    assert str(backends.explain("squash", SHORT)).startswith("fake: runs (tile of 3): vectors longer than 2\n")
+    another = Backend("another", "a fast one", ("cpu",), lambda: None)
+    monkeypatch.setitem(backends.BACKENDS, "another", another)
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("fake", "another", "reference"))
+    backends.register("squash", "another", fake.reference)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        assert ran_on(fake) == "reference"  # that is what "another" runs
+        assert [v.backend for v in backends.explain("squash", SHORT) if v.chosen] == ["another"]
+        assert ran_on(fake, torch.ones(3, 2)) == "fake"
+    assert ran_on(fake, backend="fake") == "fake"
 
 
 def test_the_warning_comes_once_an_op_and_names_the_caller(fake: Fake) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from caps_kernels.ops.dense_capsules import cuda
 from tests.cases import Case, dense_capsules
 from tests.cuda_host import host
 from tests.cuda_host.test_ops import run
@@ -57,6 +58,16 @@ def test_both_sides_of_every_tile(case: Case, dtype: torch.dtype, raw_ops: None)
     for others in found[1:]:
         for one, other in zip(found[0], others, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize("case", [case for case in TILES if case.name != "D-64"], ids=str)
+def test_what_no_tile_holds_is_known_to_be_slow(case: Case, dtype: torch.dtype, raw_ops: None) -> None:
+    u, weight = (torch.ones(case.shapes[name], dtype=dtype) for name in ("u", "weight"))
+    host.load("dense_capsules")
+    options = case.options.get("positions", 1), case.options.get("iterations", 3)
+    plan = torch.ops.caps_kernels_cuda_host.dense_capsules_plan(u, weight, *options)
+    assert (cuda.slow(u, weight) is not None) == (plan[2] == 0)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])

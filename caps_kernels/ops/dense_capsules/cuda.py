@@ -58,4 +58,18 @@ def regime(u: Tensor, weight: Tensor, bias: Tensor | None, positions: int, itera
     return f"{tile}; {'one cooperative launch' if one_launch else 'two launches an iteration'}"
 
 
-IMPLEMENTATION = Implementation(forward, backward, regime=regime)
+TILES = ((10, 16), (64, 16), (10, 32))
+"""The largest J and E of each tile of csrc/include/caps/gpu_dense_plan.h."""
+TILES_OF_FLOAT64 = ((16, 16),)
+
+
+def slow(u: Tensor, weight: Tensor, *_: object) -> str | None:
+    """The plain kernels are: on an H100 nine times slower than einsum with J = 128."""
+    out_capsules, out_dim = weight.shape[1], weight.shape[3]
+    tiles = TILES_OF_FLOAT64 if u.dtype == torch.float64 else TILES
+    if any(out_capsules <= parents and out_dim <= numbers for parents, numbers in tiles):
+        return None
+    return f"no tile holds J={out_capsules} and E={out_dim}, and its plain kernels are slow"
+
+
+IMPLEMENTATION = Implementation(forward, backward, regime=regime, slow=slow)
