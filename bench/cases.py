@@ -35,6 +35,9 @@ class Case:
     """Run torch.compile of the peers too; it takes a minute or so to compile."""
     extras: tuple[str, ...] = ()
     """Further ways to run backend "cpp": "1 thread", or an instruction set such as "v3"."""
+    beside: str = ""
+    """The name of another case, of which this project's best backend takes part in the rounds: for a target that
+    compares the two."""
     memory: bool = False
     """Measure peak memory."""
     quick: bool = False
@@ -157,14 +160,14 @@ TARGETS = (
     Case("convolutional", batch=320, in_capsules=288, out_capsules=32, in_dim=16, compile=True, extras=("v3",)),
     Case("59-classes", batch=16, out_capsules=59, compile=True),
     Case("large", batch=32, in_capsules=18432, out_capsules=32, compile=True),
-    Case("E12-D6", in_dim=6, out_dim=12),
-    Case("E21-D9", in_dim=9, out_dim=21),
-    Case("leaky", leaky=True, peers=False),
-    Case("bias", bias=True, peers=False),
-    Case("last", routing_grad="last", peers=False),
-    Case("shared", positions=36, peers=False),
-    Case("bfloat16", dtype="bfloat16"),
-    Case("float64", dtype="float64"),
+    Case("E12-D6", in_dim=6, out_dim=12, beside="main"),
+    Case("E21-D9", in_dim=9, out_dim=21, beside="main"),
+    Case("leaky", leaky=True, peers=False, beside="main"),
+    Case("bias", bias=True, peers=False, beside="main"),
+    Case("last", routing_grad="last", peers=False, beside="main"),
+    Case("shared", positions=36, peers=False, beside="main"),
+    Case("bfloat16", dtype="bfloat16", beside="main"),
+    Case("float64", dtype="float64", beside="main"),
     Case("predict-votes", op="predict_votes", quick=True),
     Case("dynamic-routing", op="dynamic_routing", quick=True),
     Case("squash", op="squash", quick=True),

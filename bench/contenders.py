@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Contender:
     """Entered around calls, outside of the timing."""
     refused: dict[str, str] = field(default_factory=dict)
     """Quantities that are over a limit, and which."""
+    case: str = ""
+    """The case it computes, if that is another than the one it takes part in."""
 
     def gradients(self, output: Tensor, grad_output: Tensor) -> list[Tensor]:
         """Of all inputs, the weight's in the layout it is stored in."""
@@ -103,6 +105,14 @@ def build(
     kept = [contender for contender in found if not only or contender.name in only]
     present = [contender for contender in kept if isinstance(contender, Contender)]
     return present, [contender for contender in kept if isinstance(contender, Absent)]
+
+
+def best_of(case: Case, limits: Limits, device: str) -> Contender | None:
+    """This project's best backend on another case, to take part in one; None where none runs."""
+    for found in _backends(replace(case, extras=()), case.inputs(device), limits):
+        if isinstance(found, Contender) and not found.refused:
+            return replace(found, name=f"{found.name} of {case.name}", case=case.name)
+    return None
 
 
 def _backends(case: Case, inputs: list[Tensor], limits: Limits) -> Iterator[Contender | Absent]:

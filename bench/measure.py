@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bench import exact
-from bench.cases import Case
+from bench.cases import Case, named
 from bench.clock import Clock
-from bench.contenders import Contender, Limits, build
+from bench.contenders import Contender, Limits, best_of, build
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 5e-2}
 """Max-norm relative error against float64 beyond which a result is wrong, for everyone alike."""
@@ -67,6 +67,8 @@ class Outcome:
     times: dict[str, Times] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     """Why there is no time, by quantity."""
+    case: str = ""
+    """The case it computed, if another than that of the round."""
 
     def seconds(self, quantity: str) -> float | None:
         """The median, or None where there is none."""
@@ -105,7 +107,15 @@ def run_case(
         for contender in present
     }
     check(case, present, outcomes, grad_output)
-    _time(case, present, outcomes, grad_output, limits, budget, Clock(device))
+    starts = {contender.name: grad_output for contender in present}
+    other = named(case.beside) if case.beside and not only else None
+    beside = best_of(other, limits, device) if other is not None else None
+    if other is not None and beside is not None:
+        outcomes[beside.name] = Outcome(beside.name, beside.ours, beside.regime, case=other.name)
+        starts[beside.name] = other.grad_output(device)
+        check(other, [beside], outcomes, starts[beside.name])
+        present.append(beside)
+    _time(present, outcomes, starts, limits, budget, Clock(device))
     missing = [Outcome(each.name, False, failed=dict.fromkeys(("forward", "both"), each.reason)) for each in absent]
     return [*outcomes.values(), *missing]
 
@@ -178,10 +188,9 @@ def sample(contender: Contender, quantity: str, grad_output: Tensor, clock: Cloc
 
 
 def _time(
-    case: Case,
     present: Sequence[Contender],
     outcomes: dict[str, Outcome],
-    grad_output: Tensor,
+    starts: dict[str, Tensor],
     limits: Limits,
     budget: float,
     clock: Clock,
@@ -192,8 +201,8 @@ def _time(
         outcome = outcomes[contender.name]
         with contender.around():
             # The first call under no_grad compiles; only the second is one to judge by.
-            sample(contender, quantity, grad_output, clock, 1)
-            first = sample(contender, quantity, grad_output, clock, 1)[quantity]
+            sample(contender, quantity, starts[contender.name], clock, 1)
+            first = sample(contender, quantity, starts[contender.name], clock, 1)[quantity]
         if first > limits.seconds:
             outcome.failed[quantity] = f"over {limits.seconds:.0f} s ({first:.0f})"
             pairs.remove((contender, quantity))
@@ -207,11 +216,11 @@ def _time(
             if done >= ROUNDS[0] and time.monotonic() > ends:
                 break
             for contender, quantity in pairs:
-                count = repeats[contender.name, quantity]
+                count, start = repeats[contender.name, quantity], starts[contender.name]
                 with contender.around():
                     if count > 1:  # caches as a loop of calls finds them
-                        sample(contender, quantity, grad_output, clock, 1)
-                    found = sample(contender, quantity, grad_output, clock, count)
+                        sample(contender, quantity, start, clock, 1)
+                    found = sample(contender, quantity, start, clock, count)
                 for name, seconds in found.items():
                     outcomes[contender.name].times.setdefault(name, Times()).samples.append(seconds)
     finally:

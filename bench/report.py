@@ -28,7 +28,7 @@ def table(case: Case, outcomes: Sequence[Outcome], ceilings: Ceilings) -> str:
     """A case's results for people."""
     ours = best(outcomes)
     lines = [str(case), _HEADER]
-    lines += [_line(case, outcome, ours, ceilings) for outcome in outcomes]
+    lines += [_line(named(outcome.case) if outcome.case else case, outcome, ours, ceilings) for outcome in outcomes]
     notes = [f"  {each.name}: {each.regime}" for each in outcomes if each.regime not in ("", "plain")]
     notes += [f"  {each.name}: W as {each.layout}" for each in outcomes if each.layout not in ("", "ijde")]
     return "\n".join([*lines, *notes])

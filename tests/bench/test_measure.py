@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bench import contenders, measure, peers
 from bench.cases import Case
 from bench.contenders import Absent, Contender, Limits
+from caps_kernels import backends
 
 CASE = Case("tiny", batch=2, in_capsules=4, out_capsules=3, in_dim=2, out_dim=4)
 LIMITS = Limits()
@@ -32,6 +35,18 @@ def test_everybody_is_right_and_timed(op: str) -> None:
         assert set(outcome.times) == {"forward", "backward", "both"}
         assert all(len(times.samples) == measure.ROUNDS[0] for times in outcome.times.values())
         assert list(outcome.errors) == ["output", *(f"grad {name}" for name in case.shapes())]
+
+
+def test_the_call_beside_is_held_to_its_own_case_and_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(CASE, name="other", out_dim=5)
+    monkeypatch.setattr(measure, "named", {"other": other}.__getitem__)
+    outcomes = _outcomes(replace(CASE, leaky=True, peers=False, beside="other"))
+    beside = [outcome for outcome in outcomes.values() if outcome.case]
+    assert [outcome.case for outcome in beside] == ["other"]
+    assert beside[0].name == f"{backends.available()[0]} of other"
+    assert not beside[0].failed
+    assert list(beside[0].errors) == ["output", "grad u", "grad weight"]
+    assert set(beside[0].times) == {"forward", "backward", "both"}
 
 
 @pytest.mark.parametrize("spoil", [lambda v: v * 1.001, lambda v: v * float("nan")])

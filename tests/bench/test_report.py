@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ def _record() -> Record:
     names = {"cpp": 1e-3, "cpp, 1 thread": 1.9e-3, "cpp, v3": 1.25e-3, "reference": 9e-3, "peer": 30e-3}
     names |= {"einsum": 20e-3, "elementwise": 16e-3, "compile einsum": 8e-3, "compile elementwise": 9e-3}
     outcomes = {case.name: [_outcome(name, t, 2 * t) for name, t in names.items()] for case in CASES}
+    for case in CASES:
+        if case.beside:
+            outcomes[case.name].append(replace(_outcome("cpp of main", 2e-3, 4e-3), case="main"))
     peaks = {"main": {"cpp": {"forward": 5, "both": 50}, "einsum": {"forward": 125, "both": 450}}}
     return Record(outcomes, peaks, CEILINGS)
 
@@ -54,8 +58,8 @@ def test_every_target_has_a_number_and_none_without_a_run() -> None:
         ("main, forward + backward: times less memory than einsum", 9, False),
         ("main, forward + backward: AVX2 path against AVX-512", 0.8, True),
         ("main, forward: share of FMA peak", 1321.2e6 / 1e-3 / 200e9, True),
-        ("leaky, forward + backward: time against plain", 1, True),
-        ("float64, forward + backward: throughput against float32", 1, True),
+        ("leaky, forward + backward: time against plain", 0.5, True),
+        ("float64, forward + backward: throughput against float32", 2, True),
         ("large, forward + backward against compile", 8, True),
     ],
 )
@@ -67,7 +71,8 @@ def test_target(what: str, value: float, met: bool) -> None:
 
 def test_at_most_targets_are_missed_by_more() -> None:
     record = _record()
-    outcomes = {**record.outcomes, "leaky": [_outcome("cpp", 1.2e-3, 2.4e-3)]}
+    beside = replace(_outcome("cpp of main", 1e-3, 2e-3), case="main")
+    outcomes = {**record.outcomes, "leaky": [_outcome("cpp", 1.2e-3, 2.4e-3), beside]}
     table = report.target_table(Record(outcomes, {}, CEILINGS), missing=False)
     assert "| leaky, forward + backward: time against plain | ≤ 1.15 | ≤ 1 | 1.2 | **not met** |" in table
     assert "memory" not in table
