@@ -116,11 +116,11 @@ def inspect(
     """The rows of a backend, made in several processes, with a progress bar; empty filters stand for everything."""
     tasks = triton_tasks(ops, samples, dtypes, targets) if backend == "triton" else cuda_tasks(ops, targets)
     if jobs == 1:
-        found = {task: inspect_one(task) for task in tqdm(tasks, backend, leave=False)}
+        found = {task: inspect_one(task) for task in tqdm(tasks, backend, leave=False, disable=None)}
     else:
         with ProcessPoolExecutor(jobs) as pool:
             futures = {pool.submit(inspect_one, task): task for task in tasks}
-            done = tqdm(as_completed(futures), backend, len(tasks), leave=False)
+            done = tqdm(as_completed(futures), backend, len(tasks), leave=False, disable=None)
             found = {futures[future]: future.result() for future in done}
     rows = [row for task in tasks for row in found[task]]
     return [row for row in rows if (not samples or row.sample in samples) and (not dtypes or row.dtype in dtypes)]

@@ -23,7 +23,7 @@ def show(ops: Sequence[str], dtypes: Sequence[torch.dtype]) -> int:
     print("\nThe formulas against what Triton's interpreter loads, stores and launches, for small calls:")
     wrong = 0
     for op in ops:
-        for sample in tqdm(small_samples(op), op, leave=False):
+        for sample in tqdm(small_samples(op), op, leave=False, disable=None):
             for dtype in (torch.float32, torch.bfloat16):
                 wrong += _compare(op, sample, dtype)
     print(f"{wrong} differences")
