@@ -45,6 +45,12 @@ def test_a_layer_takes_a_gpu_backend_unasked_and_learns() -> None:
     assert layer.weight.grad.abs().sum() > 0
 
 
+def test_a_layer_that_no_cuda_tile_holds_goes_to_triton() -> None:
+    u, weight = torch.randn(2, 8, 4, device="cuda"), torch.randn(8, 65, 4, 4, device="cuda")
+    chosen = [v.backend for v in backends.explain("dense_capsules", u, weight) if v.chosen]
+    assert chosen == [next(name for name in ("triton", "cuda") if name in backends.available())]
+
+
 def run(*arguments: str) -> str:
     command = [sys.executable, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
