@@ -63,6 +63,15 @@ def force_innermost_cache(size: int) -> AbstractContextManager[None]:
     return _force("innermost_cache", size)
 
 
+def force_outer_cache(size: int) -> AbstractContextManager[None]:
+    """Choose the regimes of "cpp" as for a shared cache of `size` bytes during a block, in all threads: for tests.
+
+    Raises:
+        ImportError: the library of "cpp" is not there.
+    """
+    return _force("outer_cache", size)
+
+
 def force_isa(name: str) -> AbstractContextManager[None]:
     """Run the kernels of "cpp" for one instruction set during a block, in all threads: for tests.
 

@@ -40,7 +40,16 @@ int best_isa() {
 }
 
 std::atomic<int> chosen_isa{best_isa()};
-std::atomic<int64_t> cache_bytes{std::max(sysconf(_SC_LEVEL1_DCACHE_SIZE), 0L)};
+std::atomic<int64_t> innermost_bytes{std::max(sysconf(_SC_LEVEL1_DCACHE_SIZE), 0L)};
+
+// Of a larger cache no more is asked for: others use it too.
+int64_t usable_outer_cache() {
+  constexpr int64_t usual = int64_t{32} << 20;
+  const int64_t known = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return known > 0 ? std::min(known, usual) : usual;
+}
+
+std::atomic<int64_t> outer_bytes{usable_outer_cache()};
 
 // Grows to the largest size asked for, and gives memory beyond `kKept` back at the next request for less.
 struct Buffer {
@@ -93,12 +102,16 @@ PyObject* set_isa(PyObject*, PyObject* args) {
   return PyErr_Format(PyExc_ValueError, "this processor cannot run instruction set '%s'", name);
 }
 
-PyObject* get_innermost_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(cache_bytes.load()); }
+template <std::atomic<int64_t>& setting>
+PyObject* get_bytes(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(setting.load());
+}
 
-PyObject* set_innermost_cache(PyObject*, PyObject* args) {
+template <std::atomic<int64_t>& setting>
+PyObject* set_bytes(PyObject*, PyObject* args) {
   long long bytes = 0;
   if (!PyArg_ParseTuple(args, "L", &bytes)) return nullptr;
-  cache_bytes = bytes;
+  setting = bytes;
   Py_RETURN_NONE;
 }
 
@@ -106,8 +119,10 @@ PyMethodDef methods[] = {
     {"isa_names", isa_names, METH_NOARGS, "The instruction sets this processor can run, the best last."},
     {"get_isa", get_isa, METH_NOARGS, "The instruction set in use."},
     {"set_isa", set_isa, METH_VARARGS, "Use an instruction set of isa_names()."},
-    {"get_innermost_cache", get_innermost_cache, METH_NOARGS, "Bytes of the innermost data cache, 0 where unknown."},
-    {"set_innermost_cache", set_innermost_cache, METH_VARARGS, "Cut work for a cache of so many bytes."},
+    {"get_innermost_cache", get_bytes<innermost_bytes>, METH_NOARGS, "Bytes of the innermost data cache, or 0."},
+    {"set_innermost_cache", set_bytes<innermost_bytes>, METH_VARARGS, "Cut work for a cache of so many bytes."},
+    {"get_outer_cache", get_bytes<outer_bytes>, METH_NOARGS, "Bytes of the cache that cores share, at most 32 MiB."},
+    {"set_outer_cache", set_bytes<outer_bytes>, METH_VARARGS, "Choose regimes for a cache of so many bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {
@@ -115,7 +130,8 @@ PyModuleDef module = {
 
 }  // namespace
 
-int64_t innermost_cache() { return cache_bytes.load(std::memory_order_relaxed); }
+int64_t innermost_cache() { return innermost_bytes.load(std::memory_order_relaxed); }
+int64_t outer_cache() { return outer_bytes.load(std::memory_order_relaxed); }
 
 int current_isa() { return chosen_isa.load(std::memory_order_relaxed); }
 

@@ -1,5 +1,11 @@
 // dense_capsules: votes and dynamic routing in one, forward and backward. caps_kernels/ops/dense_capsules has the
-// mathematics. Two regimes:
+// mathematics. Three regimes:
+//
+// Rows (caps/dense_rows.h), for few samples: lanes lie along E, and û is computed once and kept, up to kVotesBudget.
+//
+// Quads (caps/dense_quads.h), where û of a few samples stays in cache: lanes hold four numbers of E of each of a few
+// samples. One group of samples after the other goes through all iterations, with û computed once and kept. In backward
+// the groups leave the coefficients c and gb, and the last pass is that of tiles.
 //
 // Tiles (caps/dense_tiles.h): samples lie in the SIMD lanes; û and its gradient exist for a few lower capsules and one
 // tile of samples at a time. Forward: the samples of u are packed into tiles; an iteration is a pass over chunks of
@@ -7,8 +13,6 @@
 // for t = R … 2, which keep the coefficients c and gb (or not, beyond kKeptBudget: then they are computed
 // again), and one last pass that forms gû = Σ_t c^t g^t + gb^t V^{t-1} from them and contracts it at once into grad_u
 // and grad_weight.
-//
-// Rows (caps/dense_rows.h), for few samples: lanes lie along E, and û is computed once and kept, up to kVotesBudget.
 #include <caps/dense.h>
 
 namespace caps {
@@ -24,6 +28,15 @@ CAPS_KERNEL(tiles_finish_backward, DenseArgs)   // tiles
 CAPS_KERNEL(tiles_gradients, DenseArgs)         // tasks of types and parts
 CAPS_KERNEL(tiles_weight_parts, DenseArgs)      // types
 CAPS_KERNEL(tiles_bias_gradient, DenseArgs)     // 1
+CAPS_KERNEL(quads_predict, DenseArgs)           // chunks · pairs of quad tiles of the group
+CAPS_KERNEL(quads_predict_backward, DenseArgs)  // chunks · pairs of quad tiles of the group
+CAPS_KERNEL(quads_route, DenseArgs)             // chunks · pairs of quad tiles of the group
+CAPS_KERNEL(quads_finish_iteration, DenseArgs)  // quad tiles of the group
+CAPS_KERNEL(quads_coupling, DenseArgs)          // quad tiles
+CAPS_KERNEL(quads_start_backward, DenseArgs)    // quad tiles
+CAPS_KERNEL(quads_route_backward, DenseArgs)    // chunks · pairs of quad tiles of the group
+CAPS_KERNEL(quads_finish_backward, DenseArgs)   // quad tiles of the group
+CAPS_KERNEL(quads_to_tiles, DenseArgs)          // tiles
 CAPS_KERNEL(rows_pack, DenseArgs)               // samples
 CAPS_KERNEL(rows_predict, DenseArgs)            // chunks
 CAPS_KERNEL(rows_predict_backward, DenseArgs)   // chunks
@@ -40,6 +53,7 @@ CAPS_KERNEL(rows_bias_gradient, DenseArgs)      // 1
 
 #ifdef CAPS_ISA
 
+#include <caps/dense_quads.h>
 #include <caps/dense_rows.h>
 #include <caps/dense_tiles.h>
 
@@ -168,11 +182,11 @@ void tiles_bias_gradient(const DenseArgs& args, int64_t, int64_t) {
   });
 }
 
-// Runs body(rows, weights, memory) with `memory_size(rows)` numbers of scratch.
-template <typename S, typename F>
-static CAPS_INLINE void with_rows(const DenseArgs& args, const S& memory_size, const F& body) {
+// Runs body(layout, weights, memory) for rows or quads, with `memory_size(layout)` numbers of scratch.
+template <template <typename> class Form, typename S, typename F>
+static CAPS_INLINE void with_form(const DenseArgs& args, const S& memory_size, const F& body) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
-    const Rows<T> l(args);
+    const Form<T> l(args);
     Weights<T> weights(args.dtype, args.weight, args.positions);
     const int64_t size = (memory_size(l) + 15) / 16 * 16;
     T* memory = static_cast<T*>(scratch(Scratch::chunk, (size + weights.copy_size(args.chunk)) * int64_t(sizeof(T))));
@@ -181,7 +195,99 @@ static CAPS_INLINE void with_rows(const DenseArgs& args, const S& memory_size, c
   });
 }
 
+template <typename S, typename F>
+static CAPS_INLINE void with_rows(const DenseArgs& args, const S& memory_size, const F& body) {
+  with_form<Rows>(args, memory_size, body);
+}
+
+template <typename F>
+static CAPS_INLINE void with_quads(const DenseArgs& args, const F& body) {
+  with_form<Quads>(args, [](const auto& l) { return scratch_size(l); }, body);
+}
+
+// Runs body(quads, weights, task, memory) for some tasks of a pass.
+template <typename F>
+static CAPS_INLINE void for_quad_tasks(const DenseArgs& args, int64_t begin, int64_t end, const F& body) {
+  with_quads(args, [&](const auto& l, auto& weights, auto* memory) {
+    for (int64_t task = begin; task < end; ++task) body(l, weights, QuadTask(l, task), memory);
+  });
+}
+
 static constexpr auto no_memory = [](const auto&) { return int64_t{0}; };
+
+void quads_predict(const DenseArgs& args, int64_t begin, int64_t end) {
+  for_quad_tasks(args, begin, end, [](const auto& l, auto& weights, const QuadTask& task, auto* memory) {
+    predict_task<false>(l, weights, task, memory);
+  });
+}
+
+void quads_predict_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  for_quad_tasks(args, begin, end, [](const auto& l, auto& weights, const QuadTask& task, auto* memory) {
+    predict_task<true>(l, weights, task, memory);
+  });
+}
+
+void quads_route(const DenseArgs& args, int64_t begin, int64_t end) {
+  for_quad_tasks(args, begin, end,
+                 [](const auto& l, auto&, const QuadTask& task, auto* memory) { route_task<false>(l, task, memory); });
+}
+
+void quads_finish_iteration(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_quads(args, [&](const auto& l, auto&, auto* memory) {
+    for (int64_t n = begin; n < end; ++n) finish_iteration(l, n, memory);
+  });
+}
+
+void quads_coupling(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_quads(args, [&]<typename T>(const Quads<T>& l, auto&, T*) {
+    dispatch_floating(args.dtype, [&]<typename scalar_t>() {
+      if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          auto* out = static_cast<scalar_t*>(args.coupling.data) + tile * l.samples * l.I * l.J;
+          for (int64_t sample = 0; sample < l.count(tile); ++sample) {
+            for (int64_t i = 0; i < l.I; ++i) {
+              const T* c = l.kept(0, tile, i) + sample * l.quad + i % l.quad;
+              for (int64_t j = 0; j < l.J; ++j) {
+                store_one(out++, args.iterations == 1 ? l.uniform() : c[j * l.lanes]);
+              }
+            }
+          }
+        }
+      }
+    });
+  });
+}
+
+void quads_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_quads(args, [&](const auto& l, auto&, auto* memory) {
+    for (int64_t tile = begin; tile < end; ++tile) start_backward(l, tile, memory);
+  });
+}
+
+void quads_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  for_quad_tasks(args, begin, end,
+                 [](const auto& l, auto&, const QuadTask& task, auto* memory) { route_task<true>(l, task, memory); });
+}
+
+void quads_finish_backward(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_quads(args, [&](const auto& l, auto&, auto* memory) {
+    for (int64_t n = begin; n < end; ++n) finish_backward(l, n, memory);
+  });
+}
+
+void quads_to_tiles(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Quads<T> l(args);
+    const int64_t size = l.J * l.E * l.lanes;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      for (int64_t t = 0; t < args.iterations; ++t) {
+        const int64_t to = (t * args.tiles + tile) * size;
+        tile_from_quads(l, tile, l.V(t, 0), static_cast<T*>(args.V_in_tiles) + to);
+        tile_from_quads(l, tile, l.g(t, 0), static_cast<T*>(args.g_in_tiles) + to);
+      }
+    }
+  });
+}
 
 void rows_pack(const DenseArgs& args, int64_t begin, int64_t end) {
   with_rows(args, no_memory, [&]<typename T>(const Rows<T>& l, const auto&, T*) {
@@ -339,12 +445,93 @@ DenseArgs common_args(const Tensor& u, const Tensor& weight, const std::optional
   return a;
 }
 
-// How a call would run, for whoever asks: 0 rows, 1 tiles that keep the coefficients, 2 tiles that do not.
+// How a call would run, for whoever asks: the regimes of forward and of backward, and whether the latter computes the
+// coefficients again, each a digit.
 int64_t dense_capsules_regime(Tensor u, Tensor weight, int64_t positions, int64_t iterations) {
   DenseArgs a = common_args(u, weight, {}, positions, iterations, false, false);
-  if (u.size(0) == 0) return 1;
-  const Plan p = plan(a);
-  return p.rows ? 0 : keeps_coefficients(a, p) ? 1 : 2;
+  if (u.size(0) == 0) return 220;
+  const int64_t forward = int64_t(plan(a, false).regime);
+  const Plan p = plan(a, true);
+  return 100 * forward + 10 * int64_t(p.regime) + (keeps_coefficients(a, p) ? 0 : 1);
+}
+
+// About how many nanoseconds the kernels take.
+struct Work {
+  int64_t pack;                    // a task of the packing kernels
+  int64_t predict, route, finish;  // a chunk's û of one tile, an iteration over it; a tile at the end of an iteration
+
+  Work(const DenseArgs& a, const Plan& p) {
+    const int64_t multiplications = a.chunk * p.J * p.E / (p.regime == Regime::tiles ? 1 : p.lanes);
+    pack = (p.regime == Regime::rows ? p.I : a.chunk) * p.D * 8;
+    predict = multiplications * p.D / 4;
+    route = 2 * multiplications;
+    finish = p.J * p.E * (a.chunks + 16);
+    if (p.regime == Regime::quads) finish /= 4;
+  }
+};
+
+// Pairs of tiles, or of the quad tiles of a group.
+int64_t pairs_of(const DenseArgs& a, const Plan& p, int64_t group) {
+  return p.regime == Regime::quads ? ceil_div(group, kQuadPair) : ceil_div(a.tiles, kPair);
+}
+
+void forward_passes(DenseArgs& a, const Plan& p, bool return_coupling) {
+  const Work work(a, p);
+  for (a.first = 0; a.first == 0 || a.first < a.quad_tiles; a.first += std::max<int64_t>(a.group, 1)) {
+    const int64_t group = std::min(a.group, a.quad_tiles - a.first), pairs = pairs_of(a, p, group);
+    for (a.t = 0; a.t < a.iterations; ++a.t) {
+      a.keep = return_coupling && a.t == a.iterations - 1;
+      switch (p.regime) {
+        case Regime::rows:
+          if (a.t == 0) launch(rows_predict, a, a.chunks, work.predict * p.B);
+          else launch(rows_route, a, a.chunks * p.B, work.route);
+          launch(rows_finish_iteration, a, a.tiles, work.finish);
+          break;
+        case Regime::quads:
+          if (a.t == 0) launch(quads_predict, a, a.chunks * pairs, kQuadPair * work.predict);
+          else launch(quads_route, a, a.chunks * pairs, kQuadPair * work.route);
+          launch(quads_finish_iteration, a, group, work.finish);
+          break;
+        case Regime::tiles:
+          launch(tiles_route, a, a.chunks * pairs, 2 * work.predict + work.route);
+          launch(tiles_finish_iteration, a, a.tiles, work.finish);
+          break;
+      }
+    }
+  }
+}
+
+// The passes of iterations R … 2, which leave the coefficients.
+void backward_passes(DenseArgs& a, const Plan& p) {
+  const Work work(a, p);
+  const int64_t last = a.iterations - 1;
+  for (a.first = 0; a.first == 0 || a.first < a.quad_tiles; a.first += std::max<int64_t>(a.group, 1)) {
+    const int64_t group = std::min(a.group, a.quad_tiles - a.first), pairs = pairs_of(a, p, group);
+    if (p.regime == Regime::rows) {
+      a.t = last;
+      launch(rows_predict_backward, a, a.chunks, (work.predict + 2 * work.route) * p.B);
+    }
+    for (a.t = last; a.t >= 1; --a.t) {
+      // Couplings that are constants have no gradient: only those of the last iteration are needed, if they are kept.
+      if (a.last_only && (!a.keep || a.t < last)) break;
+      switch (p.regime) {
+        case Regime::rows:
+          if (a.t < last) launch(rows_route_backward, a, a.chunks * p.B, 2 * work.route);
+          if (!a.last_only) launch(rows_finish_backward, a, a.tiles, work.finish);
+          break;
+        case Regime::quads:
+          if (a.t == last)
+            launch(quads_predict_backward, a, a.chunks * pairs, kQuadPair * (work.predict + 2 * work.route));
+          else launch(quads_route_backward, a, a.chunks * pairs, kQuadPair * 2 * work.route);
+          if (!a.last_only) launch(quads_finish_backward, a, group, work.finish);
+          break;
+        case Regime::tiles:
+          launch(tiles_route_backward, a, a.chunks * pairs, 2 * work.predict + work.route);
+          if (!a.last_only) launch(tiles_finish_backward, a, a.tiles, work.finish);
+          break;
+      }
+    }
+  }
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>;
@@ -359,31 +546,24 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   a.v = view_of<3>(v);
   a.s = view_of<4>(s);
   if (return_coupling) a.coupling = view_of<3>(coupling);
-  const Plan p = plan(a);
-  const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair);
-  const bool pack = packs(a, p) && !takes_u_as_it_is(a, p);
+  const Plan p = plan(a, false);
+  const int64_t all = p.tiles * p.tile;
+  const bool rows = p.regime == Regime::rows, quads = p.regime == Regime::quads;
+  const bool pack = !quads && packs(a, p) && !takes_u_as_it_is(a, p);
   with_scratch([&](Shelf& shelf) {
     a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
     a.u_step = I * D;
-    a.votes = p.rows ? shelf.take(votes_bytes(p)) : nullptr;
-    a.partial = shelf.take(a.chunks * all);
+    a.votes = p.regime == Regime::tiles ? nullptr : shelf.take(votes_bytes(p, quads ? a.group : p.B));
+    a.partial = shelf.take(a.chunks * (quads ? a.group * p.tile : all));
     a.total = shelf.take(all);
     a.s_tiles = shelf.take(all);
     a.V = shelf.take(all);
-    a.coefficients = return_coupling ? shelf.take(coefficient_bytes(a, p)) : nullptr;
+    a.coefficients = return_coupling ? shelf.take(coefficient_bytes(p)) : nullptr;
   });
-  // Nanoseconds of a chunk, from the multiplications of one lane or row.
-  const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = 2 * a.chunk * J * E / p.lanes;
-  if (p.rows && !pack) a.u_tiles = a.u.data, a.u_step = a.u.stride[0];
-  if (pack) launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
-  for (a.t = 0; a.t < iterations; ++a.t) {
-    a.keep = return_coupling && a.t == iterations - 1;
-    if (p.rows && a.t == 0) launch(rows_predict, a, a.chunks, predict * B);
-    else if (p.rows) launch(rows_route, a, a.chunks * B, route);
-    else launch(tiles_route, a, a.chunks * pairs, 2 * (predict + a.chunk * J * E));
-    launch(p.rows ? rows_finish_iteration : tiles_finish_iteration, a, a.tiles, J * E * (a.chunks + 16));
-  }
-  if (return_coupling) launch(p.rows ? rows_coupling : tiles_coupling, a, a.tiles, I * J * 8);
+  if (rows && !pack) a.u_tiles = a.u.data, a.u_step = a.u.stride[0];
+  if (pack) launch(rows ? rows_pack : tiles_pack, a, rows ? B : a.tiles * a.chunks, Work(a, p).pack);
+  forward_passes(a, p, return_coupling);
+  if (return_coupling) launch(rows ? rows_coupling : quads ? quads_coupling : tiles_coupling, a, p.tiles, I * J * 8);
   return {v, s, coupling};
 }
 
@@ -407,44 +587,56 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   a.stream_u = grad_u.numel() * int64_t(grad_u.element_size()) >= kStreamedBytes;
   a.stream = worth_streaming(grad_weight) && E * int64_t(grad_weight.element_size()) % 64 == 0;
   if (bias) a.grad_bias = view_of<2>(grad_bias);
-  const Plan p = plan(a);
-  const int64_t all = a.tiles * p.tile, pairs = ceil_div(a.tiles, kPair),
-                coefficients = 2 * (iterations - 1) * coefficient_bytes(a, p);
+  const Plan p = plan(a, true);
+  const bool rows = p.regime == Regime::rows, quads = p.regime == Regime::quads;
+  const int64_t all = p.tiles * p.tile, in_tiles = quads ? a.tiles * J * E * p.lanes * p.item : 0;
   a.keep = keeps_coefficients(a, p);
   const bool pack = packs(a, p) && !takes_u_as_it_is(a, p);
+  void* packed = nullptr;
   with_scratch([&](Shelf& shelf) {
-    a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
-    a.u_step = I * D;
-    a.votes = p.rows ? shelf.take(votes_bytes(p)) : nullptr;
-    a.partial = shelf.take(a.chunks * all);
+    a.partial = shelf.take(a.chunks * (quads ? a.group * p.tile : all));
     a.total = shelf.take(all);
     a.s_tiles = shelf.take(iterations * all);
     a.V = shelf.take(iterations * all);
     a.g = shelf.take(iterations * all);
-    a.coefficients = a.keep ? shelf.take(coefficients) : nullptr;
+    a.V_in_tiles = shelf.take(iterations * in_tiles);
+    a.g_in_tiles = shelf.take(iterations * in_tiles);
+    a.coefficients = a.keep ? shelf.take(2 * (iterations - 1) * coefficient_bytes(p)) : nullptr;
     a.weight_parts = a.parts > 1 ? shelf.take(a.types * a.parts * J * D * E * p.item) : nullptr;
+    // û of quads is needed before u in tiles.
+    Shelf end = shelf;
+    packed = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
+    Shelf& votes = quads ? end : shelf;
+    a.votes = p.regime == Regime::tiles ? nullptr : votes.take(votes_bytes(p, quads ? a.group : B));
+    shelf.used = std::max(shelf.used, votes.used);
   });
-  const int64_t predict = a.chunk * J * E * D / (p.rows ? p.lanes : 1) / 4, route = 2 * a.chunk * J * E / p.lanes;
-  if (p.rows && !pack) a.u_tiles = a.u.data, a.u_step = a.u.stride[0];
-  if (pack) launch(p.rows ? rows_pack : tiles_pack, a, p.rows ? B : a.tiles * a.chunks, (p.rows ? I : a.chunk) * D * 8);
-  launch(p.rows ? rows_start_backward : tiles_start_backward, a, a.tiles, J * E * 16 * iterations);
-  if (p.rows) launch(rows_predict_backward, a, a.chunks, (predict + 2 * route) * B);
-  for (a.t = iterations - 1; a.t >= 1; --a.t) {
-    // Couplings that are constants have no gradient: only those of the last iteration are needed, if they are kept.
-    if (last_only && (!a.keep || a.t < iterations - 1)) break;
-    if (p.rows && a.t < iterations - 1) launch(rows_route_backward, a, a.chunks * B, 2 * route);
-    else if (!p.rows) launch(tiles_route_backward, a, a.chunks * pairs, 2 * (predict + a.chunk * J * E));
-    if (!last_only) launch(p.rows ? rows_finish_backward : tiles_finish_backward, a, a.tiles, J * E * (a.chunks + 16));
+  a.u_tiles = rows && !pack ? a.u.data : packed;
+  a.u_step = rows && !pack ? a.u.stride[0] : I * D;
+  const Work work(a, p);
+  const auto pack_u = [&] {
+    if (pack) launch(rows ? rows_pack : tiles_pack, a, rows ? B : a.tiles * a.chunks, work.pack);
+  };
+  if (!quads) pack_u();
+  launch(rows    ? rows_start_backward
+         : quads ? quads_start_backward
+                 : tiles_start_backward,
+         a, p.tiles, J * E * 16 * iterations);
+  backward_passes(a, p);
+  if (quads) {
+    launch(quads_to_tiles, a, a.tiles, J * E * 16 * iterations);
+    a.V = a.V_in_tiles;
+    a.g = a.g_in_tiles;
+    pack_u();
   }
-  if (p.rows) {
-    launch(rows_gradients, a, a.chunks, 3 * predict * B);
+  if (rows) {
+    launch(rows_gradients, a, a.chunks, 3 * work.predict * B);
   } else {
     const int64_t tasks = positions == 1 ? ceil_div(a.types, 4) : a.types * a.parts;
     const int64_t capsules = positions == 1 ? 4 : a.part;
     launch(tiles_gradients, a, tasks, capsules * a.tiles * J * E * (2 * D + 5) / 4);
     if (a.weight_parts) launch(tiles_weight_parts, a, a.types, a.parts * J * D * E / 8);
   }
-  if (bias) launch(p.rows ? rows_bias_gradient : tiles_bias_gradient, a, 1, 1);
+  if (bias) launch(rows ? rows_bias_gradient : tiles_bias_gradient, a, 1, 1);
   return {grad_u, grad_weight, grad_bias};
 }
 

@@ -1,10 +1,10 @@
-"""dense_capsules in C++: both regimes and the sizes at which they switch, instruction sets, threads, memory."""
+"""dense_capsules in C++: its regimes and the sizes at which they switch, instruction sets, threads, memory."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -33,14 +33,25 @@ CASES = (
 )
 
 
+@pytest.fixture(params=[0, 32 << 20], ids=["no-quads", "quads"])
+def outer_cache(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A shared cache that holds û of no quad tile, and one that holds any of these cases."""
+    with _extension.force_outer_cache(request.param):
+        yield request.param
+
+
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got.detach().double() - wanted.detach()).abs().max() / wanted.detach().abs().max())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_instruction_set_dtype_and_number_of_threads(case: Case, isa: str, threads: None) -> None:
+def test_every_instruction_set_dtype_and_number_of_threads(
+    case: Case, isa: str, outer_cache: int, threads: None
+) -> None:
     for dtype, rtol in RTOL.items():
         inputs = case.inputs(dtype)
+        if outer_cache == 0 or (case.shapes["u"][0] >= 4 and case.shapes["weight"][3] != 5):
+            assert regime_of(case, inputs).startswith("quads") == (outer_cache > 0)
         exact = [t.detach().double().requires_grad_() for t in inputs]
         wanted = case.call(exact, "reference")
         wanted_gradients = gradients(wanted, exact)
@@ -62,20 +73,24 @@ def test_every_instruction_set_dtype_and_number_of_threads(case: Case, isa: str,
 
 def test_the_regime_is_told_and_depends_on_the_number_of_samples() -> None:
     names = _extension.isa_names()
-    with _extension.force_isa("v3" if "v3" in names else names[-1]):
+    with _extension.force_isa("v3" if "v3" in names else names[-1]), _extension.force_outer_cache(32 << 20):
         lanes = 8 if "v3" in names else 4
-        for samples, positions, regime in (
-            (1, 1, "rows"),
-            (lanes // 2, 1, "rows"),
-            (lanes // 2 + 1, 1, "tiles"),
-            (1, 2, "tiles"),
+        rows, quads, tiles = "rows: few samples", "quads: û of a few samples at a time", "tiles: samples in SIMD lanes"
+        for samples, positions, in_dim, forward, backward in (
+            (1, 1, 3, rows, "coefficients kept"),
+            (3, 1, 3, rows if lanes == 8 else quads, "coefficients kept" if lanes == 8 else tiles),
+            (4, 1, 3, quads, rows if lanes == 8 else tiles),
+            (lanes // 2 + 1, 1, 3, quads, tiles),
+            (lanes // 2 + 1, 1, 12, quads, "coefficients kept"),
+            (1, 2, 3, quads, tiles),
         ):
-            u, weight = torch.randn(samples, 6, 3), torch.randn(6 // positions, 4, 3, 16)
+            u, weight = torch.randn(samples, 6, in_dim), torch.randn(6 // positions, 4, in_dim, 16)
             verdict = next(
                 v for v in backends.explain("dense_capsules", u, weight, positions=positions) if v.backend == "cpp"
             )
             assert verdict.regime is not None
-            assert verdict.regime.startswith(regime)
+            assert verdict.regime.startswith(forward)
+            assert verdict.regime.partition("; backward: ")[2].startswith(backward)
         u, weight = torch.empty(1, 1, 3).expand(1, 200_000, 3), torch.empty(1, 4, 3, 16).expand(200_000, 4, 3, 16)
         too_large = next(v for v in backends.explain("dense_capsules", u, weight) if v.backend == "cpp")
         assert too_large.regime is not None
@@ -90,9 +105,11 @@ def told(case: Case, inputs: list[Tensor]) -> str:
 
 
 def regime_of(case: Case, inputs: list[Tensor]) -> str:
-    """ "rows", "tiles" that keep the coefficients, or "tiles again", which compute them again."""
-    regime = told(case, inputs)
-    return regime.partition(":")[0] + (" again" if "coefficients computed again" in regime else "")
+    """ "rows", "quads" or "tiles", where backward is another "quads, tiles", and "again" behind it where the backward
+    computes the coefficients again."""
+    forward, _, backward = told(case, inputs).partition("; backward: ")
+    names = [forward.partition(":")[0], *(name for name in ("rows", "tiles") if backward.startswith(name))]
+    return ", ".join(names) + (" again" if "coefficients computed again" in backward else "")
 
 
 def assert_right(case: Case, isas: Sequence[str], regime: str) -> None:
@@ -112,17 +129,70 @@ def assert_right(case: Case, isas: Sequence[str], regime: str) -> None:
 
 
 @pytest.mark.parametrize("out_dim", [1, 5, 16, 21])
-def test_both_sides_of_the_number_of_samples_at_which_regimes_switch(out_dim: int, isa: str) -> None:
+def test_both_sides_of_the_number_of_samples_at_which_rows_end(out_dim: int, isa: str) -> None:
     def case(samples: int) -> Case:
         return dense_capsules("", samples, 19, 4, 3, out_dim, bias=True, leaky=True, iterations=4)
 
-    rows = [b for b in range(1, 40) if regime_of(case(b), case(b).inputs(torch.float32)) == "rows"]
-    most = len(rows)
-    assert rows == list(range(1, most + 1))
-    assert most > 0 or out_dim == 1
-    for samples, regime in ((most, "rows"), (most + 1, "tiles")):
-        if samples > 0:
-            assert_right(case(samples), [isa], regime)
+    with _extension.force_outer_cache(0):
+        rows = [b for b in range(1, 40) if regime_of(case(b), case(b).inputs(torch.float32)) == "rows"]
+        most = len(rows)
+        assert rows == list(range(1, most + 1))
+        assert most > 0 or out_dim == 1
+        for samples, regime in ((most, "rows"), (most + 1, "tiles")):
+            if samples > 0:
+                assert_right(case(samples), [isa], regime)
+
+
+@pytest.mark.parametrize("in_dim", [3, 11, 12])
+@pytest.mark.parametrize("samples", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33])
+def test_quads_with_whole_and_empty_lanes(samples: int, in_dim: int, isa: str) -> None:
+    # Matrices shared by two positions: few samples go to quads, too.
+    for case in (
+        dense_capsules("", samples, 22, 4, in_dim, 16, positions=2),
+        dense_capsules("", samples, 22, 3, in_dim, 6, positions=11, bias=True, leaky=True, iterations=2),
+        dense_capsules("", samples, 22, 3, in_dim, 3, positions=22, routing_grad="last"),
+        dense_capsules("", samples, 22, 1, in_dim, 9, positions=2, iterations=1),
+    ):
+        with _extension.force_outer_cache(32 << 20):
+            assert_right(case, [isa], "quads" if in_dim >= 12 else "quads, tiles")
+
+
+# The numbers of E for which a third of a quad's lanes, or fewer, are empty, whatever the instruction set.
+@pytest.mark.parametrize(("out_dim", "regime"), [(1, "tiles"), (3, "quads"), (5, "tiles"), (6, "quads"), (9, "quads")])
+def test_quads_are_not_for_lanes_that_stay_empty(out_dim: int, regime: str) -> None:
+    case = dense_capsules("", 20, 9, 3, 12, out_dim)
+    with _extension.force_outer_cache(32 << 20):
+        assert_right(case, _extension.isa_names(), regime)
+
+
+# û of 8 samples in quads takes 8 · 4 I J E bytes, of which the cache holds 3/8; with W 5/8.
+VOTES, MATRICES = dense_capsules("", 16, 64, 4, 12, 16, positions=64), dense_capsules("", 16, 64, 4, 24, 16)
+VOTES_FIT, MATRICES_FIT = 8 * -(-8 * 4 * 64 * 4 * 16 // 3), 8 * -(-4 * 64 * 4 * 16 * (8 + 24) // 5)
+CACHES = (
+    ("votes-fit", VOTES, VOTES_FIT, "quads"),
+    ("votes-do-not", VOTES, VOTES_FIT - 8, "tiles"),
+    ("matrices-fit", MATRICES, MATRICES_FIT, "quads"),
+    ("matrices-do-not", MATRICES, MATRICES_FIT - 8, "tiles"),
+    ("two-groups-of-8", dense_capsules("", 16, 36, 4, 12, 16), 1 << 19, "quads"),
+    ("groups-of-8-and-1", dense_capsules("", 25, 36, 4, 12, 16), 1 << 19, "quads"),
+    ("one-group", dense_capsules("", 70, 36, 4, 12, 16), 32 << 20, "quads"),
+    ("groups-of-24", dense_capsules("", 70, 36, 4, 12, 16), 3 << 20, "quads"),
+    ("over-56-MiB", dense_capsules("", 36, 3500, 60, 12, 3, positions=3500), 32 << 20, "tiles again"),
+    ("56-MiB", dense_capsules("", 256, 780, 15, 12, 3, positions=780), 32 << 20, "quads"),
+    ("quads-over-56-MiB", dense_capsules("", 272, 780, 15, 12, 3, positions=780), 32 << 20, "quads again"),
+    (
+        "quads-over-56-MiB-last",
+        dense_capsules("", 272, 780, 15, 12, 3, positions=780, routing_grad="last"),
+        32 << 20,
+        "quads again",
+    ),
+)
+
+
+@pytest.mark.parametrize(("case", "cache", "regime"), [pytest.param(*rest, id=name) for name, *rest in CACHES])
+def test_both_sides_of_what_a_cache_holds(case: Case, cache: int, regime: str) -> None:
+    with _extension.force_outer_cache(cache):
+        assert_right(case, _extension.isa_names(), regime)
 
 
 LIMITS = {
@@ -158,9 +228,12 @@ LIMITS = {
     ("regime", "case"), [pytest.param(r, case, id=case.name) for r, group in LIMITS.items() for case in group]
 )
 def test_both_sides_of_limits(regime: str, case: Case) -> None:
-    assert_right(case, _extension.isa_names(), regime)
+    # Without quads, which would take most of these.
+    with _extension.force_outer_cache(0):
+        assert_right(case, _extension.isa_names(), regime)
 
 
+@pytest.mark.usefixtures("outer_cache")
 @pytest.mark.parametrize("options", [{}, {"routing_grad": "last"}, {"positions": 100}], ids=str)
 def test_beyond_the_budget_coefficients_are_computed_again(options: dict[str, object]) -> None:
     # 2 · 9 iterations of [33 samples in 5 tiles of 8 lanes, 600, 60] doubles are over 56 MiB, whatever the lanes.
@@ -217,7 +290,7 @@ COMPUTED_AGAIN = dense_capsules("coefficients-over-56-MiB", 33, 600, 60, 2, 3, i
 def test_the_size_of_the_innermost_cache_changes_no_bit(case: Case, isa: str) -> None:
     found = []
     for size in (32 << 10, 48 << 10):
-        with _extension.force_innermost_cache(size):
+        with _extension.force_innermost_cache(size), _extension.force_outer_cache(0):
             inputs = case.inputs(torch.float32)
             v = case.call(inputs, "cpp")
             found.append([v.detach(), *gradients(v, inputs)])

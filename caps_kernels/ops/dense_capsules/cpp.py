@@ -48,14 +48,17 @@ def backward(
 
 REGIMES = (
     "rows: few samples, û computed once and kept",
-    "tiles: samples in SIMD lanes, û computed again in every pass, coefficients kept for backward",
-    "tiles: samples in SIMD lanes, û and coefficients computed again in every pass",
+    "quads: û of a few samples at a time computed once and kept",
+    "tiles: samples in SIMD lanes, û computed again in every pass",
 )
 
 
 def regime(u: Tensor, weight: Tensor, bias: Tensor | None, positions: int, iterations: int, *_: object) -> str:
-    """How a call would run: csrc/cpu/dense_capsules.cpp describes both regimes."""
-    return REGIMES[torch.ops.caps_kernels_cpp.dense_capsules_regime(u, weight, positions, iterations)]
+    """How forward and backward of a call would run: csrc/cpu/dense_capsules.cpp describes the regimes."""
+    told: int = torch.ops.caps_kernels_cpp.dense_capsules_regime(u, weight, positions, iterations)
+    forward, backward, again = told // 100, told // 10 % 10, told % 10
+    other = REGIMES[backward] + ", " if backward != forward else ""
+    return f"{REGIMES[forward]}; backward: {other}coefficients {'computed again' if again else 'kept'}"
 
 
 IMPLEMENTATION = Implementation(forward, backward, regime=regime)

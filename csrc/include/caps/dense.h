@@ -11,7 +11,9 @@ constexpr int64_t kKeptBudget = int64_t{56}
 constexpr int64_t kPackBudget = int64_t{16} << 20;    // u in tiles; beyond it every pass makes those it needs
 constexpr int64_t kPartialBudget = int64_t{8} << 20;  // partial sums, but for a single chunk
 constexpr int64_t kVotesBudget = int64_t{32} << 20;   // of it, û of rows
+constexpr int64_t kGroupSamples = 8;                  // least number of samples in a group of quad tiles
 constexpr int kPair = 2;                              // neighbouring tiles that share one read of W
+constexpr int kQuadPair = 2;                          // neighbouring quad tiles that do
 constexpr int64_t kGroup = 8;                         // tiles whose gû stay in cache together
 
 // Bytes of grad_u from which it is written past the caches. Its lines are written whole, but the rows of a tile often
@@ -31,17 +33,20 @@ struct DenseArgs {
   int64_t routed_tiles;        // of them, that a routing pass takes at once: 1 or kPair
   int64_t chunk, chunks;       // lower capsules are cut into `chunks` of `chunk`
   int64_t types, parts, part;  // last pass over tiles: tasks of 4 types, or of `part` positions of one type
+  int64_t quad_tiles;          // of samples, in the regime of quads; else 0
+  int64_t first, group;        // of them, those at work: up to `group` from `first` on
   int64_t t;                   // the iteration, from 0
   bool keep;                   // coefficients (backward), couplings (forward, last iteration)
   // Scratch, numbers of the accumulation type. A tile is [J·E][lanes], or [J][E rounded up] in the regime of rows.
   void* u_tiles;          // [tiles][I·D], or null beyond kPackBudget
   int64_t u_step;         // rows only: from one sample of u_tiles, which may be u itself, to the next
-  void* votes;            // rows only: [B][I, rounded up to whole vectors] tiles
+  void* votes;            // rows: [B][I, rounded up to whole vectors] tiles; quads: [group][I, up to whole blocks]
   void* partial;          // [chunks][tiles] tiles
   void* total;            // [tiles] tiles: forward v; backward Σ gV
   void *s_tiles, *V, *g;  // [R][tiles] tiles; forward uses one of s_tiles and V
-  void* coefficients;     // backward [R - 1][c, gb][tiles][I·J], forward [tiles][I·J]
-  void* weight_parts;     // [types][parts][J·D·E], null where parts is 1
+  void* coefficients;  // backward [R - 1][c, gb][tiles][I·J], forward [tiles][I·J]; I up to whole blocks but in tiles
+  void *V_in_tiles, *g_in_tiles;  // quads only: V and g for the last pass, which is that of tiles
+  void* weight_parts;             // [types][parts][J·D·E], null where parts is 1
 };
 
 }  // namespace caps

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <caps/dense.h>
+#include <caps/dense_quads.h>
 #include <caps/tile_routing.h>
 
 namespace caps::CAPS_ISA {
@@ -180,8 +181,9 @@ class Gradients {
         group_(min_of(a_.tiles, kGroup)),
         first_(a_.last_only ? a_.iterations - 1 : 0),
         matrices_(l_.J * l_.D * l_.E),
-        uniform_(l_.uniform()) {
-    const int64_t own = a_.keep ? 0 : 2 * (a_.iterations - 1) * group_ * kShared * l_.row;
+        uniform_(l_.uniform()),
+        in_place_(a_.keep && a_.quad_tiles == 0) {
+    const int64_t own = in_place_ ? 0 : 2 * (a_.iterations - 1) * group_ * kShared * l_.row;
     const int64_t packed = a_.u_tiles ? 0 : kShared * group_ * l_.D * lanes;
     const int64_t sizes[] = {kShared * group_ * l_.D * lanes,      packed,
                              kShared * group_ * l_.E * lanes,      own,
@@ -241,6 +243,7 @@ class Gradients {
     for (int64_t n = 0; n < count * group_ * l_.D * lanes; ++n) grad_u_[n] = 0;
     const Packed<T> u(l_, tile0, tiles, i, count, packed_);
     if (!a_.keep) compute_coefficients(u, i, count, tile0, tiles);
+    else if (!in_place_) copy_coefficients(i, count, tile0, tiles);
     // gû: [count][tiles][E]
     const int64_t step = l_.E * lanes, u_step = l_.D * lanes, matrix = l_.D * l_.E;
     for (int64_t j = 0; j < l_.J; ++j) {
@@ -276,9 +279,20 @@ class Gradients {
     }
   }
 
-  // Room for c (which = 0) and gb (1) of iteration t where they were not kept.
+  // Room for c (which = 0) and gb (1) of iteration t where they were not kept, or by quads.
   T* own(int64_t t, int64_t which, int64_t tile) const {
     return own_ + ((2 * (t - 1) + which) * group_ + tile) * kShared * l_.row;
+  }
+
+  void copy_coefficients(int64_t i, int64_t count, int64_t tile0, int64_t tiles) {
+    const Quads<T> quads(a_);
+    for (int64_t t = first_ > 0 ? first_ : 1; t < a_.iterations; ++t) {
+      for (int64_t which = 0; which < (a_.last_only ? 1 : 2); ++which) {
+        for (int64_t n = 0; n < tiles; ++n) {
+          coefficients_from_quads(quads, 2 * (t - 1) + which, tile0 + n, i, count, own(t, which, n));
+        }
+      }
+    }
   }
 
   // û is made once for two iterations.
@@ -339,12 +353,13 @@ class Gradients {
     const T *g[count + 1], *Vt[count + 1];
 #pragma GCC unroll 2
     for (int m = 0; m < count; ++m) {
-      const T* c_row = (a_.keep ? l_.c(t + m, tile, i + k) : own(t + m, 0, in_group) + k * row) + j * lanes;
-      const T* gb_row = (a_.keep ? l_.gb(t + m, tile, i + k) : own(t + m, 1, in_group) + k * row) + j * lanes;
+      const T* c_row = (in_place_ ? l_.c(t + m, tile, i + k) : own(t + m, 0, in_group) + k * row) + j * lanes;
+      const T* gb_row = (in_place_ ? l_.gb(t + m, tile, i + k) : own(t + m, 1, in_group) + k * row) + j * lanes;
 #pragma GCC unroll 4
       for (int q = 0; q < n; ++q) {
         c[m][q] = load<V>(c_row + q * row);
         gb[m][q] = load<V>(gb_row + q * row);
+        if (!in_place_) continue;
         // Those of the next group of capsules: too many streams for the processor to see them coming.
         __builtin_prefetch(c_row + (kShared + q) * row, 0, 2);
         __builtin_prefetch(gb_row + (kShared + q) * row, 0, 2);
@@ -377,6 +392,7 @@ class Gradients {
   Weights<T> weights_;
   int64_t group_, first_, matrices_;
   T uniform_;
+  bool in_place_;  // the coefficients are those kept by passes over tiles
   T *grad_u_, *packed_, *grad_votes_, *own_, *grad_weight_, *room_;
 };
 

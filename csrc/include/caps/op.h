@@ -23,6 +23,9 @@ int current_isa();
 // Bytes of a core's innermost data cache, 0 where unknown.
 int64_t innermost_cache();
 
+// Bytes of the cache that cores share, as far as they are counted on: at most 32 MiB.
+int64_t outer_cache();
+
 // Bytes of its vectors.
 inline int64_t vector_bytes() { return int64_t{16} << current_isa(); }
 
