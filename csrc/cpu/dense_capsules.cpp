@@ -547,17 +547,17 @@ Forward dense_capsules_fwd(Tensor u, Tensor weight, std::optional<Tensor> bias, 
   a.s = view_of<4>(s);
   if (return_coupling) a.coupling = view_of<3>(coupling);
   const Plan p = plan(a, false);
-  const int64_t all = p.tiles * p.tile;
   const bool rows = p.regime == Regime::rows, quads = p.regime == Regime::quads;
+  const int64_t tiles = quads ? a.group : p.tiles, at_work = tiles * p.tile;
   const bool pack = !quads && packs(a, p) && !takes_u_as_it_is(a, p);
   with_scratch([&](Shelf& shelf) {
     a.u_tiles = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
     a.u_step = I * D;
-    a.votes = p.regime == Regime::tiles ? nullptr : shelf.take(votes_bytes(p, quads ? a.group : p.B));
-    a.partial = shelf.take(a.chunks * (quads ? a.group * p.tile : all));
-    a.total = shelf.take(all);
-    a.s_tiles = shelf.take(all);
-    a.V = shelf.take(all);
+    a.votes = p.regime == Regime::tiles ? nullptr : shelf.take(votes_bytes(p, tiles));
+    a.partial = shelf.take(a.chunks * at_work);
+    a.total = shelf.take(at_work);
+    a.s_tiles = shelf.take(at_work);
+    a.V = shelf.take(at_work);
     a.coefficients = return_coupling ? shelf.take(coefficient_bytes(p)) : nullptr;
   });
   if (rows && !pack) a.u_tiles = a.u.data, a.u_step = a.u.stride[0];
@@ -607,7 +607,7 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
     Shelf end = shelf;
     packed = pack ? shelf.take(packed_bytes(a, p)) : nullptr;
     Shelf& votes = quads ? end : shelf;
-    a.votes = p.regime == Regime::tiles ? nullptr : votes.take(votes_bytes(p, quads ? a.group : B));
+    a.votes = p.regime == Regime::tiles ? nullptr : votes.take(votes_bytes(p, quads ? a.group : p.tiles));
     shelf.used = std::max(shelf.used, votes.used);
   });
   a.u_tiles = rows && !pack ? a.u.data : packed;

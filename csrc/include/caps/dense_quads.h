@@ -40,7 +40,7 @@ struct Quads {
     return static_cast<T*>(a.votes) + n * blocks * quad * size + i / quad * quad * size + i % quad * width;
   }
   T* partial(int64_t chunk, int64_t n) const { return static_cast<T*>(a.partial) + (chunk * a.group + n) * size; }
-  // Arrays of all quad tiles.
+  // Arrays of all quad tiles in backward, of those of the group in forward.
   T* total(int64_t tile) const { return static_cast<T*>(a.total) + tile * size; }
   T* s(int64_t t, int64_t tile) const { return static_cast<T*>(a.s_tiles) + t * all + tile * size; }
   T* V(int64_t t, int64_t tile) const { return static_cast<T*>(a.V) + t * all + tile * size; }
@@ -180,7 +180,7 @@ CAPS_INLINE void route_blocks(const Quads<T>& l, int64_t chunk, int64_t n, int64
   const int64_t t = l.a.t, tile = l.first + n, index = backward ? 2 * (t - 1) : 0;
   T* c = l.a.keep ? l.kept(index, tile, i) : memory;
   T* gb = l.a.keep && backward ? l.kept(index + 1, tile, i) : memory + kQuadBlocks * l.row;
-  route_quads<backward, T>(l.votes(n, i), blocks, l.z, l.V(backward ? t - 1 : 0, tile),
+  route_quads<backward, T>(l.votes(n, i), blocks, l.z, backward ? l.V(t - 1, tile) : l.V(0, n),
                            backward ? l.g(t, tile) : nullptr, l.a.last_only ? nullptr : l.partial(chunk, n), c, gb);
 }
 
@@ -227,7 +227,7 @@ template <typename T>
 void finish_iteration(const Quads<T>& l, int64_t n, T* memory) {
   const DenseArgs& a = l.a;
   const int64_t tile = l.first + n;
-  T *s = l.s(0, tile), *v = l.total(tile), *V = l.V(0, tile);
+  T *s = l.s(0, n), *v = l.total(n), *V = l.V(0, n);
   const T scale = a.t == 0 ? l.uniform() : T(1);
   for (int64_t at = 0; at < l.size; at += l.lanes) store(s + at, scale * sum_of_chunks(l, n, at));
   dispatch_floating(a.dtype, [&]<typename scalar_t>() {
