@@ -10,6 +10,7 @@ struct SquashArgs {
   DType dtype;
   View<3> s, grad_v;  // [outer, E, inner]; grad_v only in backward
   View<3> out;        // v or grad_s
+  bool stream;        // `out` is so large, and its rows are whole cache lines, that it is better written past the caches
 };
 
 // Chunks of kSquashChunk vectors, counted over outer · inner.
@@ -87,8 +88,14 @@ void rows(const SquashArgs& args, int64_t begin, int64_t end) {
       const V factor_s = backward ? splat<V>(along[row]) : V{};
       for (int64_t e = 0; e < whole; e += n) {
         const V x = load<V>(s + e);
-        if constexpr (backward) store(out + e, factor * load<V>(g + e) + factor_s * x);
-        else store(out + e, factor * x);
+        const V result = backward ? factor * load<V>(g + e) + factor_s * x : factor * x;
+        if constexpr (std::is_same_v<scalar_t, T> && kCanStream<V>) {
+          if (args.stream) {
+            stream(out + e, result);
+            continue;
+          }
+        }
+        store(out + e, result);
       }
       if (rest > 0) {
         const V x = load_some<V>(s + whole, rest);
@@ -181,6 +188,7 @@ void squash_chunks(const SquashArgs& args, int64_t begin, int64_t end) {
   const int64_t last = end * kSquashChunk < vectors ? end * kSquashChunk : vectors;
   dispatch_floating(args.dtype,
                     [&]<typename scalar_t>() { squash<scalar_t, backward>(args, begin * kSquashChunk, last); });
+  finish_streaming();
 }
 
 }  // namespace
@@ -233,10 +241,11 @@ void turn(View<3>& view) {
 Tensor run(const KernelTable<SquashArgs>& kernel, Tensor s, std::optional<Tensor> grad_v, int64_t dim) {
   Tensor out = torch::stable::new_empty(s, s.sizes());
   dim = dim < 0 ? dim + s.dim() : dim;
-  SquashArgs args{dtype_of(s), view_around(s, dim), {}, view_around(out, dim)};
+  SquashArgs args{dtype_of(s), view_around(s, dim), {}, view_around(out, dim), false};
   args.grad_v = grad_v ? view_around(*grad_v, dim) : args.s;
   const int64_t size = args.s.size[1], vectors = args.s.size[0] * args.s.size[2];
   const bool rows = size > 1 && args.s.stride[1] == 1 && args.grad_v.stride[1] == 1;
+  args.stream = worth_streaming(out) && size * int64_t(out.element_size()) % 64 == 0;
   if (args.s.size[2] == 1 && !rows) {
     for (View<3>* view : {&args.s, &args.grad_v, &args.out}) turn(*view);
   }

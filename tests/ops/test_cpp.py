@@ -137,6 +137,11 @@ def test_large_results_equal_those_of_one_sample(isa: str) -> None:
     (grad_last,) = torch.autograd.grad(v_last.square().sum(), last)
     assert torch.equal(grad[-1:], grad_last)
     assert not grad[:-1].any()
+    squashed, squashed_last = squash(votes, backend="cpp"), squash(last, backend="cpp")
+    assert torch.equal(squashed[-1:], squashed_last)
+    (grad,) = torch.autograd.grad(squashed.sum(), votes)
+    (grad_last,) = torch.autograd.grad(squashed_last.sum(), last)
+    assert torch.equal(grad[-1:], grad_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
