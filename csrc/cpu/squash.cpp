@@ -10,7 +10,7 @@ struct SquashArgs {
   DType dtype;
   View<3> s, grad_v;  // [outer, E, inner]; grad_v only in backward
   View<3> out;        // v or grad_s
-  bool stream;        // `out` is so large, and its rows are whole cache lines, that it is better written past the caches
+  bool stream;  // `out` is so large, and its rows are whole cache lines, that it is better written past the caches
 };
 
 // Chunks of kSquashChunk vectors, counted over outer · inner.
