@@ -28,14 +28,14 @@ CAPS_INLINE Vec<T> load_row(const T* row, int64_t count) {
   else return load_some<Vec<T>>(row, count);
 }
 
-// Asks for the beginning of every page among `count` numbers that will soon be read: within a page the processor
+// Asks for the first line of every page among `count` numbers that will soon be read: within a page the processor
 // foresees by itself what is read in order.
 template <typename T>
 CAPS_INLINE void prefetch_pages(const T* from, int64_t count) {
   constexpr uintptr_t page = 4096;
   const uintptr_t begin = uintptr_t(from), end = from ? begin + count * sizeof(T) : begin;
   for (uintptr_t at = (begin + page - 1) / page * page; at < end; at += page) {
-    for (int line = 0; line < 8; ++line) __builtin_prefetch(reinterpret_cast<const char*>(at + 64 * line));
+    __builtin_prefetch(reinterpret_cast<const char*>(at));
   }
 }
 
