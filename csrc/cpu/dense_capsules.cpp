@@ -20,11 +20,11 @@ namespace caps {
 // Behind each kernel, what its chunks are.
 CAPS_KERNEL(tiles_pack, DenseArgs)              // tiles · chunks
 CAPS_KERNEL(tiles_route, DenseArgs)             // chunks · pairs of tiles
-CAPS_KERNEL(tiles_finish_iteration, DenseArgs)  // tiles
+CAPS_KERNEL(tiles_finish_iteration, DenseArgs)  // tiles · J
 CAPS_KERNEL(tiles_coupling, DenseArgs)          // tiles
 CAPS_KERNEL(tiles_start_backward, DenseArgs)    // tiles
 CAPS_KERNEL(tiles_route_backward, DenseArgs)    // chunks · pairs of tiles
-CAPS_KERNEL(tiles_finish_backward, DenseArgs)   // tiles
+CAPS_KERNEL(tiles_finish_backward, DenseArgs)   // tiles · J
 CAPS_KERNEL(tiles_gradients, DenseArgs)         // tasks of types and parts
 CAPS_KERNEL(tiles_weight_parts, DenseArgs)      // types
 CAPS_KERNEL(tiles_bias_gradient, DenseArgs)     // 1
@@ -92,7 +92,7 @@ void tiles_route(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_finish_iteration(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    for (int64_t tile = begin; tile < end; ++tile) finish_iteration(l, tile);
+    for (int64_t task = begin; task < end; ++task) finish_iteration(l, task / l.J, task % l.J);
   });
 }
 
@@ -138,7 +138,7 @@ void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_finish_backward(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    for (int64_t tile = begin; tile < end; ++tile) finish_backward(l, tile);
+    for (int64_t task = begin; task < end; ++task) finish_backward(l, task / l.J, task % l.J);
   });
 }
 
@@ -494,7 +494,7 @@ void forward_passes(DenseArgs& a, const Plan& p, bool return_coupling) {
           break;
         case Regime::tiles:
           launch(tiles_route, a, a.chunks * pairs, 2 * work.predict + work.route);
-          launch(tiles_finish_iteration, a, a.tiles, work.finish);
+          launch(tiles_finish_iteration, a, a.tiles * p.J, work.finish / p.J);
           break;
       }
     }
@@ -527,7 +527,7 @@ void backward_passes(DenseArgs& a, const Plan& p) {
           break;
         case Regime::tiles:
           launch(tiles_route_backward, a, a.chunks * pairs, 2 * work.predict + work.route);
-          if (!a.last_only) launch(tiles_finish_backward, a, a.tiles, work.finish);
+          if (!a.last_only) launch(tiles_finish_backward, a, a.tiles * p.J, work.finish / p.J);
           break;
       }
     }

@@ -101,37 +101,43 @@ CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t beg
   }
 }
 
-// One number of the partial sums of a tile, added in the order of the chunks.
+// The partial sums of a tile and parent j [E], added to `sums` in the order of the chunks, or instead of what was there.
 template <typename T>
-CAPS_INLINE Vec<T> sum_of_chunks(const Layout<T>& l, int64_t tile, int64_t n) {
-  auto sum = load<Vec<T>>(l.partial(0, tile) + n);
-  for (int64_t chunk = 1; chunk < l.a.chunks; ++chunk) sum += load<Vec<T>>(l.partial(chunk, tile) + n);
-  return sum;
+CAPS_INLINE void add_chunks(const Layout<T>& l, int64_t tile, int64_t j, bool add, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t end = l.E * lanes, chunks = l.a.chunks;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const T* part = l.partial(chunk, tile) + j * end;
+    for (int64_t n = 0; n < end; n += lanes) {
+      const auto x = load<Vec<T>>(part + n);
+      store(sums + n, chunk > 0 || add ? load<Vec<T>>(sums + n) + x : x);
+    }
+  }
 }
 
 template <typename T>
-void finish_iteration(const Layout<T>& l, int64_t tile) {
+void finish_iteration(const Layout<T>& l, int64_t tile, int64_t j) {
   constexpr int lanes = kLanes<T>;
   const DenseArgs& a = l.a;
-  T *s = l.s(0, tile), *v = l.total(tile), *V = l.V(0, tile);
-  for (int64_t n = 0; n < l.tile_size; n += lanes) store(s + n, sum_of_chunks(l, tile, n));
+  const int64_t end = l.E * lanes, at = j * end;
+  T *s = l.s(0, tile) + at, *v = l.total(tile) + at, *V = l.V(0, tile) + at;
+  add_chunks(l, tile, j, false, s);
   if (a.bias.data) {
     dispatch_floating(a.dtype, [&]<typename scalar_t>() {
       if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
-        for (int64_t n = 0; n < l.J * l.E; ++n) {
-          const auto* bias =
-              static_cast<const scalar_t*>(a.bias.data) + n / l.E * a.bias.stride[0] + n % l.E * a.bias.stride[1];
-          store(s + n * lanes, load<Vec<T>>(s + n * lanes) + load_one(bias));
+        const auto* bias = static_cast<const scalar_t*>(a.bias.data) + j * a.bias.stride[0];
+        for (int64_t e = 0; e < l.E; ++e) {
+          store(s + e * lanes, load<Vec<T>>(s + e * lanes) + load_one(bias + e * a.bias.stride[1]));
         }
       }
     });
   }
-  for (int64_t j = 0; j < l.J; ++j) squash_lanes(s + j * l.E * lanes, l.E, v + j * l.E * lanes);
-  for (int64_t n = 0; n < l.tile_size; n += lanes) {
+  squash_lanes(s, l.E, v);
+  for (int64_t n = 0; n < end; n += lanes) {
     store(V + n, a.t == 0 ? load<Vec<T>>(v + n) : load<Vec<T>>(V + n) + load<Vec<T>>(v + n));
   }
-  unpack(Layout<T>::sums_dtype, l.s_view(a.t), tile, 0, l.J, s);
-  if (a.t == a.iterations - 1) unpack(a.dtype, a.v, tile, 0, l.J, v);
+  unpack(Layout<T>::sums_dtype, l.s_view(a.t), tile, j, 1, s);
+  if (a.t == a.iterations - 1) unpack(a.dtype, a.v, tile, j, 1, v);
 }
 
 template <typename T>
@@ -154,17 +160,11 @@ void start_backward(const Layout<T>& l, int64_t tile) {
 
 // From the partial sums of gV^{t-1}: Σ gV so far, and g^{t-1}.
 template <typename T>
-void finish_backward(const Layout<T>& l, int64_t tile) {
-  constexpr int lanes = kLanes<T>;
-  const int64_t t = l.a.t;
-  T* total = l.total(tile);
-  for (int64_t n = 0; n < l.tile_size; n += lanes) {
-    const Vec<T> sum = sum_of_chunks(l, tile, n);
-    store(total + n, t == l.a.iterations - 1 ? sum : load<Vec<T>>(total + n) + sum);
-  }
-  for (int64_t n = 0; n < l.tile_size; n += l.E * lanes) {
-    squash_lanes_backward(total + n, l.s(t - 1, tile) + n, l.E, l.g(t - 1, tile) + n);
-  }
+void finish_backward(const Layout<T>& l, int64_t tile, int64_t j) {
+  const int64_t t = l.a.t, at = j * l.E * kLanes<T>;
+  T* total = l.total(tile) + at;
+  add_chunks(l, tile, j, t < l.a.iterations - 1, total);
+  squash_lanes_backward(total, l.s(t - 1, tile) + at, l.E, l.g(t - 1, tile) + at);
 }
 
 // The last pass over a few lower capsules.
