@@ -7,7 +7,7 @@ namespace caps {
 
 // Bytes of scratch: 64 MiB in all, and besides them copies of the total inputs s, V and g [R, B, J, E].
 constexpr int64_t kKeptBudget = int64_t{56}
-                                << 20;  // coefficients kept between passes, with u in tiles or rows and û of rows
+                                << 20;  // coefficients kept between passes, with u in tiles or rows and û where kept
 constexpr int64_t kPackBudget = int64_t{16} << 20;    // u in tiles; beyond it every pass makes those it needs
 constexpr int64_t kPartialBudget = int64_t{8} << 20;  // partial sums, but for a single chunk
 constexpr int64_t kVotesBudget = int64_t{32} << 20;   // of it, û of rows
