@@ -159,11 +159,9 @@ CAPS_INLINE void predict_block(const Quads<T>& l, const Weights<T>& weights, con
   const int64_t count = min_of(l.I - i, l.quad), step = l.votes(1, 0) - l.votes(0, 0), x_step = task.tiles * l.lanes;
   spread_inputs(l, task, i, count, x);
   for_blocks<kQuadPair>(task.tiles, [&](auto tiles, int64_t n) __attribute__((always_inline)) {
-    for_blocks<kQuad<T>>(count, [&](auto capsules, int64_t m) __attribute__((always_inline)) {
-      predict_quads<decltype(tiles)::size, decltype(capsules)::size, sum>(
-          x + m * l.D * x_step + n * l.lanes, x_step, weights, i + m, l.z, l.votes(task.first + n, i + m), step,
-          sum ? l.partial(task.chunk, task.first + n) : nullptr, l.size);
-    });
+    predict_quads<decltype(tiles)::size, sum>(x + n * l.lanes, x_step, weights, i, count, l.z,
+                                              l.votes(task.first + n, i), step,
+                                              sum ? l.partial(task.chunk, task.first + n) : nullptr, l.size);
   });
   for (int64_t n = 0; n < task.tiles; ++n) {
     T* votes = l.votes(task.first + n, i);

@@ -13,7 +13,6 @@ template <typename T>
 constexpr int kQuad = kLanes<T> < 4 ? kLanes<T> : 4;
 template <typename T>
 constexpr int kQuadSamples = kLanes<T> / kQuad<T>;
-constexpr int kDimsAtOnce = 4;  // of D, without a branch between them
 constexpr int kQuadBlocks = 2;  // blocks whose softmax a routing pass takes at once
 
 template <typename T>
@@ -93,24 +92,22 @@ CAPS_INLINE void quads_to_lanes(Vec<T>* rows, std::integer_sequence<int, e...> l
   for (int i = 0; i < n; ++i) rows[i] = __builtin_shufflevector(rows[i], rows[i], (e % samples * n + e / samples)...);
 }
 
-// û of `count` lower capsules from i on for neighbouring quad tiles, whose û lie votes_step and sums sums_step numbers
-// apart; with `sum` adds the votes to the sums too. x: u_d of each tile in all lanes of its sample, a vector after the
-// other, [count][D] of x_step numbers.
-template <int tiles, int count, bool sum, typename T>
-CAPS_INLINE void predict_quads(const T* x, int64_t x_step, const Weights<T>& weights, int64_t i, Sizes z, T* votes,
-                               int64_t votes_step, T* sums, int64_t sums_step) {
+// û of up to kQuad lower capsules from i on for neighbouring quad tiles, whose û lie votes_step and sums sums_step
+// numbers apart; with `sum` adds the votes to the sums too. x: u_d of each tile in all lanes of its sample, a vector
+// after the other, [count][D] of x_step numbers.
+template <int tiles, bool sum, typename T>
+CAPS_INLINE void predict_quads(const T* x, int64_t x_step, const Weights<T>& weights, int64_t i, int64_t count, Sizes z,
+                               T* votes, int64_t votes_step, T* sums, int64_t sums_step) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>, quad = kQuad<T>;
   const int64_t D = z.in_dim, E = z.out_dim, quads = quads_of<T>(E), matrix = D * E;
-  const T *matrices[count], *ahead[count];
-  CAPS_UNROLL
-  for (int m = 0; m < count; ++m) {
+  const T *matrices[quad], *ahead[quad];
+  for (int64_t m = 0; m < count; ++m) {
     matrices[m] = weights(i + m);
     ahead[m] = weights.ahead(i + count + m);
   }
   for (int64_t j = 0; j < z.out_capsules; ++j) {
-    CAPS_UNROLL
-    for (int m = 0; m < count; ++m) prefetch(ahead[m], j * matrix, matrix);
+    for (int64_t m = 0; m < count; ++m) prefetch(ahead[m], j * matrix, matrix);
     const auto some = [&](auto block, int64_t q0, auto whole) __attribute__((always_inline)) {
       constexpr int n = decltype(block)::size;
       T *out = votes + (j * quad * quads + q0) * lanes, *to = sums + (j * quads + q0) * lanes;
@@ -120,24 +117,23 @@ CAPS_INLINE void predict_quads(const T* x, int64_t x_step, const Weights<T>& wei
       for (int k = 0; k < tiles * n; ++k) {
         total[k] = sum ? load<V>(to + k / n * sums_step + k % n * lanes) : V{};
       }
+      // Unrolled, the addresses of a block alone take more registers than there are.
 #pragma GCC unroll 1
-      for (int m = 0; m < count; ++m, out += quads * lanes) {
+      for (int64_t m = 0; m < count; ++m, out += quads * lanes) {
         const T* from = matrices[m] + j * matrix + q0 * quad;
         V row[tiles * n] = {};
-        for_blocks<kDimsAtOnce>(D, [&](auto dims, int64_t) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+        for (int64_t d = 0; d < D; ++d, xd += x_step, from += E) {
+          V factor[tiles];
           CAPS_UNROLL
-          for (int d = 0; d < decltype(dims)::size; ++d, xd += x_step, from += E) {
-            V factor[tiles];
+          for (int k = 0; k < tiles; ++k) factor[k] = load<V>(xd + k * lanes);
+          CAPS_UNROLL
+          for (int q = 0; q < n; ++q) {
+            const V w = repeat<T>(whole ? load<QuadVec<T>>(from + q * quad) : load_some<QuadVec<T>>(from, E % quad));
             CAPS_UNROLL
-            for (int k = 0; k < tiles; ++k) factor[k] = load<V>(xd + k * lanes);
-            CAPS_UNROLL
-            for (int q = 0; q < n; ++q) {
-              const V w = repeat<T>(whole ? load<QuadVec<T>>(from + q * quad) : load_some<QuadVec<T>>(from, E % quad));
-              CAPS_UNROLL
-              for (int k = 0; k < tiles; ++k) row[k * n + q] += factor[k] * w;
-            }
+            for (int k = 0; k < tiles; ++k) row[k * n + q] += factor[k] * w;
           }
-        });
+        }
         CAPS_UNROLL
         for (int k = 0; k < tiles; ++k) {
           T* to_tile = out + k * votes_step;
