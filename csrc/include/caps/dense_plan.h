@@ -107,14 +107,14 @@ inline Plan plan(DenseArgs& a, bool backward) {
   a.routed_tiles = vector_bytes() < 64 || innermost_cache() >= 48 << 10 ? kPair : 1;
   // At least 16 tasks, few since what other cores wrote is slow to add, or 32 of rows. Where matrices are read again,
   // by other tiles or from copies, what a chunk needs of W, and of u where that is not kept in tiles, in half of a
-  // level 2 cache; elsewhere at most 1024 votes to a sum, for the sake of its digits. Partial sums within their budget.
+  // level 2 cache; elsewhere at most 256 votes to a sum, for the sake of its digits. Partial sums within their budget.
   // Chunks of rows are whole vectors of lower capsules, those of quads whole blocks, those of tiles groups of 4.
   const int64_t unit = quads ? p.block : rows ? p.lanes : 4, at_work = quads ? a.group : a.tiles;
   const int64_t pairs = ceil_div(at_work, quads ? kQuadPair : rows ? 1 : kPair);
   const int64_t numbers = p.D * (p.J * p.E + (packs(a, p) || quads ? 0 : kPair * p.lanes));
   const bool again = pairs > 1 || a.dtype == DType::bfloat16 || a.dtype == DType::float16;
   const int64_t enough = std::max(ceil_div(rows ? 32 : 16, pairs),
-                                  again ? ceil_div(p.I * numbers * p.item, 640 << 10) : ceil_div(p.I, 1024));
+                                  again ? ceil_div(p.I * numbers * p.item, 640 << 10) : ceil_div(p.I, 256));
   const int64_t most = std::max<int64_t>(1, kPartialBudget / (p.tile * at_work));
   a.chunk = ceil_div(ceil_div(p.I, std::min({enough, most, ceil_div(p.I, unit)})), unit) * unit;
   a.chunks = ceil_div(p.I, a.chunk);
