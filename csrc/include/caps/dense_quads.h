@@ -90,10 +90,9 @@ CAPS_INLINE void read_quads(const Quads<T>& l, int64_t tile, const in_t* in, int
            });
 }
 
-// A task of the passes: a chunk of lower capsules of neighbouring quad tiles of the group.
+// A task of the passes: a chunk of lower capsules of at most kQuadPair neighbouring quad tiles of the group.
 struct QuadTask {
-  int64_t chunk, i0, i1, first,
-      tiles;  // lower capsules i0 … i1 - 1; quad tiles first … first + tiles - 1, at most kQuadPair
+  int64_t chunk, i0, i1, first, tiles;  // lower capsules i0 … i1 - 1; `tiles` quad tiles from `first` on
 
   template <typename T>
   QuadTask(const Quads<T>& l, int64_t task) {
@@ -119,7 +118,7 @@ void spread_inputs(const Quads<T>& l, const QuadTask& task, int64_t i, int64_t c
         for (int64_t m = 0; m < count; ++m) {
           const auto* from = static_cast<const scalar_t*>(u.data) + b * u.stride[0] + (i + m) * u.stride[1];
           // Those of the next block: too short a way through memory to be seen coming.
-          for (int64_t k = 0; k < some; ++k) prefetch(from + k * u.stride[0] + quad * u.stride[1], 0, D * stride);
+          for (int64_t k = 0; k < some && stride == 1; ++k) prefetch(from + k * u.stride[0], quad * u.stride[1], D);
           T* to = x + m * D * step + n * lanes;
           for (int64_t d = 0; d < D; d += quad, from += quad * stride, to += quad * step) {
             const int64_t numbers = min_of(D - d, quad);

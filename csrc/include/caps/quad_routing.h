@@ -1,8 +1,11 @@
 // Quads: four numbers of E of each of a few samples side by side in the SIMD lanes, û kept in memory. Few enough
-// samples that their û stays in a cache, and yet enough to share one read of W. A vote is `quads_of` vectors of
-// [kQuadSamples][kQuad], zeros behind E. Lower capsules are taken kQuad at a time, a block, so that the logits of a
-// block lie in the same lanes, [J] vectors of [kQuadSamples][kQuad]; û of a lower capsule beyond the last is 0. Only
-// for code compiled with CAPS_ISA.
+// samples that their û stays in a cache, and yet enough to share one read of W.
+//
+// A vote is `quads_of` vectors of [kQuadSamples][kQuad], zeros behind E. Lower capsules are taken kQuad at a time, a
+// block, so that the logits of a block lie in the same lanes, [J] vectors of [kQuadSamples][kQuad]. The votes of a
+// block are [J][kQuad], which a pass reads in order; those of lower capsules beyond the last are 0.
+//
+// Only for code compiled with CAPS_ISA.
 #pragma once
 
 #include <caps/tile_routing.h>
@@ -153,7 +156,7 @@ CAPS_INLINE void predict_quads(const T* x, int64_t x_step, const Weights<T>& wei
   }
 }
 
-// The dot products of a block's votes [kQuad][J] with V and, in backward, with g, for every parent.
+// The dot products of a block's votes with V and, in backward, with g, for every parent.
 template <bool backward, typename T>
 CAPS_INLINE void quad_dots(const T* votes, Sizes z, const T* V_, const T* g, T* with_V, T* with_g) {
   using V = Vec<T>;
