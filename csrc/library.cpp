@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <caps/op.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -51,6 +52,30 @@ int64_t usable_outer_cache() {
 
 std::atomic<int64_t> outer_bytes{usable_outer_cache()};
 
+// Memory in large pages as far as it fills them, where the system has them: few translations of addresses, and what
+// lies together does in the caches too. An address sanitizer only watches the ends of what comes from its own heap.
+#if defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)
+constexpr bool kLargePages = true;
+constexpr int64_t kLargePage = int64_t{2} << 20;
+
+void* map_large_pages(int64_t bytes) {
+  const int64_t mapped = bytes + kLargePage;
+  void* memory = mmap(nullptr, size_t(mapped), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  char* begin = static_cast<char*>(memory);
+  char* aligned = begin + (kLargePage - int64_t(reinterpret_cast<uintptr_t>(begin) % kLargePage)) % kLargePage;
+  if (aligned > begin) munmap(begin, size_t(aligned - begin));
+  if (aligned < begin + kLargePage) munmap(aligned + bytes, size_t(begin + kLargePage - aligned));
+  madvise(aligned, size_t(bytes / kLargePage * kLargePage), MADV_HUGEPAGE);
+  return aligned;
+}
+#else
+constexpr bool kLargePages = false;
+constexpr int64_t kLargePage = 0;
+void* map_large_pages(int64_t) { return nullptr; }
+void munmap(void*, size_t) {}
+#endif
+
 // Grows to the largest size asked for, and gives memory beyond `kKept` back at the next request for less.
 struct Buffer {
   static constexpr int64_t kKept = int64_t{64} << 20;
@@ -60,18 +85,25 @@ struct Buffer {
   Buffer() = default;
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
+  ~Buffer() { release(); }
+
+  static bool mapped(int64_t bytes) { return kLargePages && bytes >= kLargePage; }
+
+  void release() {
+    if (mapped(size)) munmap(data, size_t(size));
+    else std::free(data);
+    data = nullptr;
+    size = 0;
+  }
 
   void* get(int64_t bytes) {
     const bool too_large = size > kKept && bytes <= kKept;
     if (bytes > size || too_large) {
-      std::free(data);
-      size = (bytes + 4095) / 4096 * 4096;
-      data = std::aligned_alloc(64, size_t(size));
-      if (data == nullptr) {
-        size = 0;
-        throw std::bad_alloc();
-      }
+      release();
+      const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+      data = mapped(rounded) ? map_large_pages(rounded) : std::aligned_alloc(64, size_t(rounded));
+      if (data == nullptr) throw std::bad_alloc();
+      size = rounded;
     }
     return data;
   }
