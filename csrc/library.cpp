@@ -52,28 +52,31 @@ int64_t usable_outer_cache() {
 
 std::atomic<int64_t> outer_bytes{usable_outer_cache()};
 
-// Memory in large pages as far as it fills them, where the system has them: few translations of addresses, and what
-// lies together does in the caches too. An address sanitizer only watches the ends of what comes from its own heap.
-#if defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)
-constexpr bool kLargePages = true;
 constexpr int64_t kLargePage = int64_t{2} << 20;
 
-void* map_large_pages(int64_t bytes) {
+// Memory in large pages as far as it fills them, if the system has any: fewer translations of addresses, and what lies
+// together lies so in the caches too. It has a mapping of its own, because what an allocator hands out may lie in small
+// pages already; an address sanitizer sees only its own allocator.
+#if defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)
+constexpr bool kMaps = true;
+
+void* map_memory(int64_t bytes) {
   const int64_t mapped = bytes + kLargePage;
   void* memory = mmap(nullptr, size_t(mapped), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
-  char* begin = static_cast<char*>(memory);
-  char* aligned = begin + (kLargePage - int64_t(reinterpret_cast<uintptr_t>(begin) % kLargePage)) % kLargePage;
+  char *begin = static_cast<char*>(memory), *aligned = begin + -reinterpret_cast<uintptr_t>(begin) % kLargePage;
   if (aligned > begin) munmap(begin, size_t(aligned - begin));
-  if (aligned < begin + kLargePage) munmap(aligned + bytes, size_t(begin + kLargePage - aligned));
+  if (aligned + bytes < begin + mapped) munmap(aligned + bytes, size_t(begin + mapped - aligned - bytes));
   madvise(aligned, size_t(bytes / kLargePage * kLargePage), MADV_HUGEPAGE);
   return aligned;
 }
+
+void unmap_memory(void* memory, int64_t bytes) { munmap(memory, size_t(bytes)); }
 #else
-constexpr bool kLargePages = false;
-constexpr int64_t kLargePage = 0;
-void* map_large_pages(int64_t) { return nullptr; }
-void munmap(void*, size_t) {}
+constexpr bool kMaps = false;
+
+void* map_memory(int64_t) { return nullptr; }
+void unmap_memory(void*, int64_t) {}
 #endif
 
 // Grows to the largest size asked for, and gives memory beyond `kKept` back at the next request for less.
@@ -87,10 +90,10 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { release(); }
 
-  static bool mapped(int64_t bytes) { return kLargePages && bytes >= kLargePage; }
+  static bool mapped(int64_t bytes) { return kMaps && bytes >= kLargePage; }
 
   void release() {
-    if (mapped(size)) munmap(data, size_t(size));
+    if (mapped(size)) unmap_memory(data, size);
     else std::free(data);
     data = nullptr;
     size = 0;
@@ -101,7 +104,7 @@ struct Buffer {
     if (bytes > size || too_large) {
       release();
       const int64_t rounded = (bytes + 4095) / 4096 * 4096;
-      data = mapped(rounded) ? map_large_pages(rounded) : std::aligned_alloc(64, size_t(rounded));
+      data = mapped(rounded) ? map_memory(rounded) : std::aligned_alloc(64, size_t(rounded));
       if (data == nullptr) throw std::bad_alloc();
       size = rounded;
     }

@@ -66,7 +66,7 @@ inline int64_t group_of(const Plan& p) {
 inline bool takes_quads(const Plan& p, int64_t types, bool backward) {
   const int64_t votes = votes_bytes(p, group_of(p)), matrices = types * p.J * p.D * p.E * p.item;
   return votes <= group_budget() && votes + matrices <= outer_cache() / 8 * 5 &&
-         2 * ceil_div(p.E, quad(p)) * quad(p) <= 3 * p.E && (!backward || p.D >= 8);
+         2 * ceil_div(p.E, quad(p)) * quad(p) <= 3 * p.E && (!backward || p.D >= 12);
 }
 
 // Bytes of u in tiles, or in the accumulation type.
