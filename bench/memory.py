@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import gc
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,18 @@ def in_fresh_process(case: Case, contender: str, quantity: str, threads: int, *,
         return "failed: " + (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     result: int | str = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def median_of_processes(case: Case, contender: str, quantity: str, threads: int, processes: int) -> int | str:
+    """The median of `in_fresh_process` over an odd number of processes, or why there is none.
+
+    Where threads allocate at once, what they hold together at the peak differs from process to process.
+    """
+    found = [in_fresh_process(case, contender, quantity, threads) for _ in range(processes)]
+    for number in found:
+        if isinstance(number, str):
+            return number
+    return statistics.median_low([number for number in found if isinstance(number, int)])
 
 
 def peak(case: Case, contender: str, quantity: str, device: str = "cpu") -> int | str:

@@ -98,6 +98,13 @@ def test_peak_memory_counts_the_result_and_not_the_input() -> None:
     assert 0.99 * size < found < 3 * size
 
 
+def test_peak_memory_of_three_processes_is_their_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[int | str] = [118, 148, 142, 118, "over 300 s", 142]
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *_: answers.pop(0))
+    assert memory.median_of_processes(TINY, "einsum", "forward", 1, 3) == 142
+    assert memory.median_of_processes(TINY, "einsum", "forward", 1, 3) == "over 300 s"
+
+
 def test_a_step_is_taken_apart() -> None:
     (row,) = [
         row for row in end_to_end.measure("logo_capsnet", "cpu", 1, ["plain"], batch=2) if row["backend"] == "reference"
