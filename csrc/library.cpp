@@ -60,8 +60,11 @@ constexpr int64_t kLargePage = int64_t{2} << 20;
 #if defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)
 constexpr bool kMaps = true;
 
-void* map_memory(int64_t bytes) {
-  const int64_t mapped = bytes + kLargePage;
+// Mappings end where a page does, of which the largest usual ones have 64 KiB.
+int64_t whole_pages(int64_t bytes) { return (bytes + 65535) / 65536 * 65536; }
+
+void* map_memory(int64_t asked) {
+  const int64_t bytes = whole_pages(asked), mapped = bytes + kLargePage;
   void* memory = mmap(nullptr, size_t(mapped), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
   char *begin = static_cast<char*>(memory), *aligned = begin + -reinterpret_cast<uintptr_t>(begin) % kLargePage;
@@ -71,7 +74,7 @@ void* map_memory(int64_t bytes) {
   return aligned;
 }
 
-void unmap_memory(void* memory, int64_t bytes) { munmap(memory, size_t(bytes)); }
+void unmap_memory(void* memory, int64_t bytes) { munmap(memory, size_t(whole_pages(bytes))); }
 #else
 constexpr bool kMaps = false;
 
