@@ -101,7 +101,8 @@ CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t beg
   }
 }
 
-// The partial sums of a tile and parent j [E], added to `sums` in the order of the chunks, or instead of what was there.
+// The partial sums of a tile and parent j [E], added to `sums` in the order of the chunks, or instead of what was
+// there.
 template <typename T>
 CAPS_INLINE void add_chunks(const Layout<T>& l, int64_t tile, int64_t j, bool add, T* sums) {
   constexpr int lanes = kLanes<T>;
@@ -245,9 +246,9 @@ class Gradients {
     if (!a_.keep) compute_coefficients(u, i, count, tile0, tiles);
     else if (!in_place_) copy_coefficients(i, count, tile0, tiles);
     // gû: [count][tiles][E]
-    const int64_t step = l_.E * lanes, u_step = l_.D * lanes, matrix = l_.D * l_.E;
+    const int64_t step = l_.E * lanes, u_step = l_.D * lanes, matrix = l_.D * l_.E, by = parents_ahead<T>(l_.z);
     for (int64_t j = 0; j < l_.J; ++j) {
-      for (int64_t k = 0; k < count; ++k) prefetch(weights_.ahead(i + k + kShared), j * matrix, matrix);
+      for (int64_t k = 0; k < count; ++k) prefetch_weights(weights_, l_.z, i + k, i + k + kShared, j + by);
       for (int64_t tile = 0; tile < tiles; tile += kPair) {
         const int64_t some = min_of(tiles - tile, kPair);
         T* grad_votes = grad_votes_ + tile * step;

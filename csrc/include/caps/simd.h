@@ -397,16 +397,45 @@ CAPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, e...>) {
   a = low;
 }
 
-// Lane k of rows[i] becomes lane i of rows[k], for as many rows as a vector has lanes.
-template <int h = 1, typename V>
+// Lanes of a and b by turns, the first halves of each 16 bytes in a, the second halves in b.
+template <typename V, int... e>
+CAPS_INLINE void interleave(V& a, V& b, std::integer_sequence<int, e...>) {
+  constexpr int n = sizeof...(e), m = 16 / sizeof(Element<V>);
+  const V low = __builtin_shufflevector(a, b, (e % 2 * n + e / m * m + e % m / 2)...);
+  b = __builtin_shufflevector(a, b, (e % 2 * n + e / m * m + e % m / 2 + m / 2)...);
+  a = low;
+}
+
+// Every other 16 bytes of a and then of b, from the first on in a, from the second on in b.
+template <typename V, int... e>
+CAPS_INLINE void separate(V& a, V& b, std::integer_sequence<int, e...>) {
+  constexpr int n = sizeof...(e), m = 16 / sizeof(Element<V>), half = n / 2;
+  const V even = __builtin_shufflevector(a, b, (e / half * n + e % half / m * 2 * m + e % m)...);
+  b = __builtin_shufflevector(a, b, (e / half * n + e % half / m * 2 * m + e % m + m)...);
+  a = even;
+}
+
+// Lane k of rows[i] becomes lane i of rows[k], for as many rows as a vector has lanes. Each step exchanges a bit of the
+// lane's index for one of the row's by what is one instruction without constants on x86-64.
+template <typename V>
 CAPS_INLINE void transpose(V* rows) {
-  constexpr int n = kLanesOf<V>;
-  if constexpr (h < n) {
-#pragma GCC unroll 16
+  constexpr int n = kLanesOf<V>, m = 16 / sizeof(Element<V>);
+  constexpr auto lanes = std::make_integer_sequence<int, n>();
+  CAPS_UNROLL
+  for (int h = m / 2; h > 0; h /= 2) {
+    CAPS_UNROLL
     for (int i = 0; i < n; ++i) {
-      if (!(i & h)) exchange<h>(rows[i], rows[i | h], std::make_integer_sequence<int, n>());
+      if (!(i & h)) interleave(rows[i], rows[i | h], lanes);
     }
-    transpose<2 * h>(rows);
+  }
+  if constexpr (n > m) {
+    CAPS_UNROLL
+    for (int h = m; h < n; h *= 2) {
+      CAPS_UNROLL
+      for (int i = 0; i < n; ++i) {
+        if (!(i & h)) separate(rows[i], rows[i | h], lanes);
+      }
+    }
   }
 }
 

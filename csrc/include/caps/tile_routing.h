@@ -33,6 +33,27 @@ CAPS_INLINE void for_blocks(int64_t size, const F& f, int64_t at = 0) {
   }
 }
 
+// Bytes of W of a lower capsule, rounded up to whole matrices, that are asked for before they are read. A few lower
+// capsules are read side by side, parent by parent, so that what the processor foresees by itself comes late and ends
+// at every page; and what is asked for too early leaves the innermost cache before its turn.
+constexpr int64_t kAhead = 2048;
+
+// The same in parents.
+template <typename T>
+CAPS_INLINE int64_t parents_ahead(Sizes z) {
+  const int64_t matrix = z.in_dim * z.out_dim * int64_t(sizeof(T));
+  return min_of(z.out_capsules, (kAhead + matrix - 1) / matrix);
+}
+
+// Asks for the matrix of lower capsule i and parent j, or behind the last parent for one of capsule `next`, which will
+// take the place of i.
+template <typename T>
+CAPS_INLINE void prefetch_weights(const Weights<T>& weights, Sizes z, int64_t i, int64_t next, int64_t j) {
+  const int64_t matrix = z.in_dim * z.out_dim, J = z.out_capsules;
+  if (j < J) prefetch(weights.ahead(i), j * matrix, matrix);
+  else prefetch(weights.ahead(next), (j - J) * matrix, matrix);
+}
+
 // sums [tiles][n] += Σ_d u_d W_de for n consecutive e; matrix rows are E numbers long, tiles of u u_step apart.
 template <int n, int tiles, typename T>
 CAPS_INLINE void add_votes(const T* u, int64_t u_step, const T* matrix, int64_t D, int64_t E, Vec<T>* sums) {
@@ -54,11 +75,11 @@ template <int tiles, typename T>
 void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last,
                      T coupling, T* s) {
   constexpr int lanes = kLanes<T>;
-  const int64_t size = z.out_capsules * z.out_dim * lanes, matrix = z.in_dim * z.out_dim;
+  const int64_t size = z.out_capsules * z.out_dim * lanes, matrix = z.in_dim * z.out_dim, by = parents_ahead<T>(z);
   for (int64_t i = first; i < last; i += kShared) {
     const int64_t end = min_of(i + kShared, last);
     for (int64_t j = 0; j < z.out_capsules; ++j) {
-      for (int64_t k = end; k < end + kShared; ++k) prefetch(weights.ahead(k), j * matrix, matrix);
+      for (int64_t k = i; k < end; ++k) prefetch_weights(weights, z, k, k + kShared, j + by);
       for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
         constexpr int n = decltype(block)::size;
         Vec<T> sums[tiles * n] = {};
@@ -80,15 +101,18 @@ void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Size
 
 // û of `count` lower capsules from i on, [count][tiles][J·E], its dot products [J] with V and, in backward, with g:
 // those of a tile lie dots_step numbers after those of the one before, those of a capsule after those of its neighbour.
-// u: of capsule i.
+// u: of capsule i. kept: the dot products go where nothing was written lately, those of the next `count` capsules
+// behind them.
 template <bool backward, int tiles, typename T>
 CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const Weights<T>& weights, int64_t i, int64_t count,
-                                Sizes z, const T* V, const T* g, T* votes, T* with_V, T* with_g, int64_t dots_step) {
+                                Sizes z, const T* V, const T* g, T* votes, T* with_V, T* with_g, int64_t dots_step,
+                                bool kept) {
   constexpr int lanes = kLanes<T>;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim, matrix = z.in_dim * z.out_dim;
+  const int64_t by = parents_ahead<T>(z);
   for (int64_t j = 0; j < z.out_capsules; ++j) {
     for (int64_t m = 0; m < count; ++m) {
-      prefetch(weights.ahead(i + count + m), j * matrix, matrix);
+      prefetch_weights(weights, z, i + m, i + count + m, j + by);
       const T *um = u + m * z.in_dim * lanes, *matrices = weights(i + m) + j * matrix;
       T* out = votes + m * tiles * size;
       Vec<T> dots[tiles][4] = {};
@@ -109,8 +133,14 @@ CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const Weights<T>& we
       });
 #pragma GCC unroll 4
       for (int k = 0; k < tiles; ++k) {
-        store(with_V + k * dots_step + m * row + j * lanes, dots[k][0] + dots[k][1]);
-        if constexpr (backward) store(with_g + k * dots_step + m * row + j * lanes, dots[k][2] + dots[k][3]);
+        const int64_t at = k * dots_step + m * row + j * lanes;
+        store(with_V + at, dots[k][0] + dots[k][1]);
+        if constexpr (backward) store(with_g + at, dots[k][2] + dots[k][3]);
+        // A store waits for those before it, and these come from far away.
+        if (kept) {
+          __builtin_prefetch(with_V + at + count * row, 1);
+          if constexpr (backward) __builtin_prefetch(with_g + at + count * row, 1);
+        }
       }
     }
   }
@@ -123,9 +153,10 @@ void dots_of_rounds(const T* u, int64_t u_step, const Weights<T>& weights, int64
                     const T* const* V, const T* const* g, T* const* with_V, T* const* with_g, int64_t dots_step) {
   constexpr int lanes = kLanes<T>, ways = kVotes / 8;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim, matrix = z.in_dim * z.out_dim;
+  const int64_t by = parents_ahead<T>(z);
   for (int64_t j = 0; j < z.out_capsules; ++j) {
     for (int64_t m = 0; m < count; ++m) {
-      prefetch(weights.ahead(i + count + m), j * matrix, matrix);
+      prefetch_weights(weights, z, i + m, i + count + m, j + by);
       const T *um = u + m * z.in_dim * lanes, *matrices = weights(i + m) + j * matrix;
       Vec<T> dots[rounds][tiles][2][ways] = {};
       for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
@@ -188,7 +219,7 @@ void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64
   for (int64_t i = first; i < last; i += capsules) {
     const int64_t count = min_of(last - i, capsules);
     votes_and_dots<backward, tiles>(u + (i - first) * z.in_dim * lanes, u_step, weights, i, count, z, V, g, votes, c,
-                                    gb, c_step);
+                                    gb, c_step, keep);
 #pragma GCC unroll 4
     for (int k = 0; k < tiles; ++k) {
       T *ck = c + k * c_step, *gk = backward ? gb + k * c_step : nullptr;
@@ -308,23 +339,21 @@ void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    for (int64_t e0 = 0; e0 < E; e0 += lanes) {
-      const int64_t count = min_of(E - e0, lanes);
+    const T *x = u + tile * u_step, *y = grad_votes + tile * g_step;
+    const auto columns = [&](int64_t e0, const auto& count) __attribute__((always_inline)) {
       V square[lanes];
-#pragma GCC unroll 16
-      for (int e = 0; e < lanes; ++e)
-        square[e] = e < count ? load<V>(grad_votes + tile * g_step + (e0 + e) * lanes) : V{};
+      CAPS_UNROLL
+      for (int e = 0; e < lanes; ++e) square[e] = e < count ? load<V>(y + (e0 + e) * lanes) : V{};
       transpose(square);
       for_blocks<kVotes / 2>(D, [&](auto rows, int64_t d0) __attribute__((always_inline)) {
         constexpr int n = decltype(rows)::size;
         V sums[n] = {};
-        const T* x = u + tile * u_step + d0 * lanes;
-#pragma GCC unroll 16
+        CAPS_UNROLL
         for (int b = 0; b < lanes; ++b) {
-#pragma GCC unroll 8
-          for (int d = 0; d < n; ++d) sums[d] += square[b] * x[d * lanes + b];
+          CAPS_UNROLL
+          for (int d = 0; d < n; ++d) sums[d] += square[b] * x[(d0 + d) * lanes + b];
         }
-#pragma GCC unroll 8
+        CAPS_UNROLL
         for (int d = 0; d < n; ++d) {
           const int64_t at = (d0 + d) * E + e0;
           if (tile > 0) sums[d] += load_some<V>(room + at, count);
@@ -332,7 +361,10 @@ void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int
           else write(grad_weight + at, sums[d], count, how);
         }
       });
-    }
+    };
+    int64_t e0 = 0;
+    for (; e0 + lanes <= E; e0 += lanes) columns(e0, std::integral_constant<int64_t, lanes>());
+    if (e0 < E) columns(e0, E - e0);
   }
 }
 
