@@ -25,6 +25,7 @@ CAPS_KERNEL(tiles_coupling, DenseArgs)          // tiles
 CAPS_KERNEL(tiles_start_backward, DenseArgs)    // tiles
 CAPS_KERNEL(tiles_route_backward, DenseArgs)    // chunks · pairs of tiles
 CAPS_KERNEL(tiles_finish_backward, DenseArgs)   // tiles · J
+CAPS_KERNEL(tiles_basis, DenseArgs)             // tiles · J
 CAPS_KERNEL(tiles_gradients, DenseArgs)         // tasks of types and parts
 CAPS_KERNEL(tiles_weight_parts, DenseArgs)      // types
 CAPS_KERNEL(tiles_bias_gradient, DenseArgs)     // 1
@@ -241,7 +242,7 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   if (bias) a.grad_bias = view_of<2>(grad_bias);
   const Plan p = plan(a, true);
   const bool rows = p.regime == Regime::rows, quads = p.regime == Regime::quads;
-  const int64_t all = p.tiles * p.tile, in_tiles = quads ? a.tiles * J * E * p.lanes * p.item : 0;
+  const int64_t all = p.tiles * p.tile, in_tiles = rows ? 0 : a.tiles * J * E * p.lanes * p.item;
   a.keep = keeps_coefficients(a, p);
   const bool pack = packs(a, p) && !takes_u_as_it_is(a, p);
   void* packed = nullptr;
@@ -251,8 +252,9 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
     a.s_tiles = shelf.take(iterations * all);
     a.V = shelf.take(iterations * all);
     a.g = shelf.take(iterations * all);
-    a.V_in_tiles = shelf.take(iterations * in_tiles);
-    a.g_in_tiles = shelf.take(iterations * in_tiles);
+    a.V_in_tiles = quads ? shelf.take(iterations * in_tiles) : nullptr;
+    a.g_in_tiles = quads ? shelf.take(iterations * in_tiles) : nullptr;
+    a.basis = shelf.take((2 * iterations - 1) * in_tiles);
     a.coefficients = a.keep ? shelf.take(2 * (iterations - 1) * coefficient_bytes(p)) : nullptr;
     a.weight_parts = a.parts > 1 ? shelf.take(a.types * a.parts * J * D * E * p.item) : nullptr;
     // û of quads is needed before u in tiles.
@@ -283,6 +285,7 @@ Backward dense_capsules_bwd(Tensor grad_v, Tensor u, Tensor weight, std::optiona
   if (rows) {
     launch(rows_gradients, a, a.chunks, 3 * work.predict * B);
   } else {
+    launch(tiles_basis, a, a.tiles * J, E * iterations * 4);
     const int64_t tasks = positions == 1 ? ceil_div(a.types, 4) : a.types * a.parts;
     const int64_t capsules = positions == 1 ? 4 : a.part;
     launch(tiles_gradients, a, tasks, capsules * a.tiles * J * E * (2 * D + 5) / 4);

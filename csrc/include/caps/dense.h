@@ -5,7 +5,7 @@
 
 namespace caps {
 
-// Bytes of scratch: 64 MiB in all, and besides them copies of the total inputs s, V and g [R, B, J, E].
+// Bytes of scratch: 64 MiB in all, and besides them copies of the total inputs s and, twice, of V and g [R, B, J, E].
 constexpr int64_t kKeptBudget = int64_t{56}
                                 << 20;  // coefficients kept between passes, with u in tiles or rows and û where kept
 constexpr int64_t kPackBudget = int64_t{16} << 20;    // u in tiles; beyond it every pass makes those it needs
@@ -46,7 +46,8 @@ struct DenseArgs {
   void *s_tiles, *V, *g;  // [R][tiles] tiles; forward uses one of s_tiles and V
   void* coefficients;  // backward [R - 1][c, gb][tiles][I·J], forward [tiles][I·J]; I up to whole blocks but in tiles
   void *V_in_tiles, *g_in_tiles;  // quads only: V and g for the last pass, which is that of tiles
-  void* weight_parts;             // [types][parts][J·D·E], null where parts is 1
+  void* basis;         // last pass over tiles: of each tile [J·E][2R - 1] vectors, g^1 and of t = 2 … R g^t and V^{t-1}
+  void* weight_parts;  // [types][parts][J·D·E], null where parts is 1
 };
 
 }  // namespace caps

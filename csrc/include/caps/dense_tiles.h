@@ -39,6 +39,9 @@ struct Layout {
   }
   T* c(int64_t t, int64_t tile, int64_t i) const { return kept(2 * (t - 1), tile, i); }
   T* gb(int64_t t, int64_t tile, int64_t i) const { return kept(2 * (t - 1) + 1, tile, i); }
+  T* basis(int64_t tile, int64_t j) const {
+    return static_cast<T*>(a.basis) + (tile * J + j) * E * lanes * (2 * a.iterations - 1);
+  }
   T uniform() const { return T(1) / T(J + (z.leaky ? 1 : 0)); }
   View<3> s_view(int64_t t) const {
     const View<4>& s = a.s;
@@ -166,6 +169,25 @@ void finish_backward(const Layout<T>& l, int64_t tile, int64_t j) {
   T* total = l.total(tile) + at;
   add_chunks(l, tile, j, t < l.a.iterations - 1, total);
   squash_lanes_backward(total, l.s(t - 1, tile) + at, l.E, l.g(t - 1, tile) + at);
+}
+
+// The vectors whose weighted sum gû of a tile and parent is, side by side: read in as many streams as there are, they
+// come late.
+template <typename T>
+void gather_basis(const Layout<T>& l, int64_t tile, int64_t j) {
+  constexpr int lanes = kLanes<T>;
+  T* to = l.basis(tile, j);
+  const auto add = [&](const T* from) __attribute__((always_inline)) {
+    store(to, load<Vec<T>>(from));
+    to += lanes;
+  };
+  for (int64_t at = j * l.E * lanes; at < (j + 1) * l.E * lanes; at += lanes) {
+    add(l.g(0, tile) + at);
+    for (int64_t t = 1; t < l.a.iterations; ++t) {
+      add(l.g(t, tile) + at);
+      add(l.V(t - 1, tile) + at);
+    }
+  }
 }
 
 // The last pass over a few lower capsules.
@@ -349,9 +371,8 @@ class Gradients {
   template <int n, int count, bool begin, bool full>
   CAPS_INLINE void some_iterations(int64_t t, int64_t i, int64_t k, int64_t j, int64_t tile0, int64_t in_group, T* out,
                                    int64_t out_step) const {
-    const int64_t at = j * l_.E * lanes, end = l_.E * lanes, tile = tile0 + in_group, row = l_.row;
+    const int64_t tile = tile0 + in_group, row = l_.row, width = (2 * a_.iterations - 1) * lanes;
     V c[count + 1][n], gb[count + 1][n];
-    const T *g[count + 1], *Vt[count + 1];
 #pragma GCC unroll 2
     for (int m = 0; m < count; ++m) {
       const T* c_row = (in_place_ ? l_.c(t + m, tile, i + k) : own(t + m, 0, in_group) + k * row) + j * lanes;
@@ -365,21 +386,19 @@ class Gradients {
         __builtin_prefetch(c_row + (kShared + q) * row, 0, 2);
         __builtin_prefetch(gb_row + (kShared + q) * row, 0, 2);
       }
-      g[m] = l_.g(t + m, tile) + at;
-      Vt[m] = l_.V(t + m - 1, tile) + at;
     }
-    const T *g0 = l_.g(0, tile) + at, c0 = uniform_;
-    for (int64_t e = 0; e < end; e += lanes) {
-      const V first = begin && full ? c0 * load<V>(g0 + e) : V{};
+    const T c0 = uniform_, *g0 = l_.basis(tile, j), *basis = g0 + (2 * t - 1) * lanes;
+    for (int64_t e = 0; e < l_.E * lanes; e += lanes, g0 += width, basis += width) {
+      const V first = begin && full ? c0 * load<V>(g0) : V{};
       V sums[n];
 #pragma GCC unroll 4
       for (int q = 0; q < n; ++q) sums[q] = begin ? first : load<V>(out + q * out_step + e);
 #pragma GCC unroll 2
       for (int m = 0; m < count; ++m) {
-        const V gm = load<V>(g[m] + e), Vm = full ? load<V>(Vt[m] + e) : V{};
+        const V g = load<V>(basis + 2 * m * lanes), Vm = full ? load<V>(basis + (2 * m + 1) * lanes) : V{};
 #pragma GCC unroll 4
         for (int q = 0; q < n; ++q) {
-          sums[q] += c[m][q] * gm;
+          sums[q] += c[m][q] * g;
           if constexpr (full) sums[q] += gb[m][q] * Vm;
         }
       }

@@ -89,6 +89,13 @@ void tiles_finish_backward(const DenseArgs& args, int64_t begin, int64_t end) {
   });
 }
 
+void tiles_basis(const DenseArgs& args, int64_t begin, int64_t end) {
+  with_accumulation_type(args.dtype, [&]<typename T>() {
+    const Layout<T> l(args);
+    for (int64_t task = begin; task < end; ++task) gather_basis(l, task / l.J, task % l.J);
+  });
+}
+
 void tiles_gradients(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
