@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,6 +62,11 @@ class Ceilings:
     """Bytes/s read plus written by copying a large tensor."""
     idle: float = 1.0
     """How many times longer one thread takes to read 16 MiB that nobody touched for a tenth of a second."""
+
+    def highest(self, other: Ceilings) -> Ceilings:
+        """The higher of each rate, for two measurements of one machine: a neighbour only ever lowers them."""
+        rates = ("fma", "fma_one_thread", "sgemm", "copy")
+        return replace(self, **{name: max(getattr(self, name), getattr(other, name)) for name in rates})
 
     def lines(self) -> list[str]:
         """For people."""

@@ -223,11 +223,13 @@ def run(given: argparse.Namespace, cases: Sequence[Case], device: str) -> None:
     current.time(sweeps, 2 * _RESERVE)
     if weighs:
         current.measure_memory(sweeps, _RESERVE / 3)
-    after = ceilings.measure(torch.get_num_threads(), device)
-    finish(current, default, after)
+    before, after = current.record.ceilings, ceilings.measure(torch.get_num_threads(), device)
+    current.record.ceilings = before.highest(after)
+    finish(current, default, before, after)
     if given.json is not None:
         content = {"machine": about, "measures": Clock(device).what, **report.as_dict(current.record)}
-        content |= {"ceilings_at_the_end": vars(after), "not_run": current.not_run}
+        content |= {"ceilings_at_the_start": vars(before), "ceilings_at_the_end": vars(after)}
+        content |= {"not_run": current.not_run}
         targets = report.target_rows(current.record) if device == "cpu" else []
         content |= {"targets": targets, "losses": report.losses(current.record)}
         content |= {"default_heap": report.as_dict(default)["cases"] if default is not None else {}}
@@ -238,7 +240,7 @@ def run(given: argparse.Namespace, cases: Sequence[Case], device: str) -> None:
         print(f"wrote {given.plot}")
 
 
-def finish(current: Run, default: Record | None, after: ceilings.Ceilings) -> None:
+def finish(current: Run, default: Record | None, before: ceilings.Ceilings, after: ceilings.Ceilings) -> None:
     """Print what is known only at the end."""
     record = current.record
     if record.peaks:
@@ -251,11 +253,11 @@ def finish(current: Run, default: Record | None, after: ceilings.Ceilings) -> No
     lost = report.losses(record)
     print(f"Slower than a baseline: {len(lost) or 'nowhere'}")
     print("".join(f"  {line}\n" for line in lost))
-    drift = max(after.fma, record.ceilings.fma) / min(after.fma, record.ceilings.fma) - 1
-    if drift > 0.1:
+    if record.ceilings.fma > 1.1 * min(before.fma, after.fma):
         print(
-            f"The FMA peak was {record.ceilings.fma:.0f} GFLOP/s at the start and {after.fma:.0f} at the end: "
-            "the machine was busy or changed its clock, so shares are uncertain by as much.\n"
+            f"The FMA peak was {before.fma:.0f} GFLOP/s at the start and {after.fma:.0f} at the end: the machine was "
+            "busy or changed its clock, so shares are uncertain by as much. Tables refer to the first, targets to the "
+            "higher.\n"
         )
     print("".join(f"{line}\n" for line in record.ceilings.warnings()))
 

@@ -40,6 +40,19 @@ def test_a_run_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "| main, forward against peer | 18 | 32 | " in printed
 
 
+def test_shares_of_targets_refer_to_the_higher_peak(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = iter([ceilings.Ceilings(100, 90, "", 80, 20), ceilings.Ceilings(200, 100, "", 80, 20)])
+    monkeypatch.setattr(ceilings, "measure", lambda *_: next(found))
+    file = tmp_path / "r.json"
+    assert run.main(["--heap", "default", "--only", "main", "--no-memory", "--json", str(file)]) == 0
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["ceilings"]["fma"] == 200
+    assert content["ceilings_at_the_start"]["fma"] == 100
+    assert "was 100 GFLOP/s at the start and 200 at the end" in capsys.readouterr().out
+
+
 def test_no_case_is_begun_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     given = run.build_parser().parse_args(["--minutes", "0", "--heap", "default", "--no-memory"])
     run.run(given, [TINY], "cpu")
