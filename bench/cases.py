@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -181,14 +182,15 @@ def _sweep(letter: str, field: str, values: tuple[int, ...], **options: Any) -> 
     return tuple(Case(f"sweep-{letter}{size[field]}", **size, **options) for size in sizes)
 
 
-SWEEPS = (
-    *_sweep("B", "batch", (4, 15, 16, 17, 32, 64, 256)),
-    *_sweep("I", "in_capsules", (36, 288, 4608, 9216), memory=True),
-    *_sweep("J", "out_capsules", (1, 2, 32, 59, 128)),
-    *_sweep("E", "out_dim", (4, 8, 32)),
-    *_sweep("R", "iterations", (1, 2, 5, 10)),
+_BY_AXIS = (
+    _sweep("B", "batch", (4, 15, 16, 17, 32, 64, 256)),
+    _sweep("I", "in_capsules", (36, 288, 4608, 9216), memory=True),
+    _sweep("J", "out_capsules", (1, 2, 32, 59, 128)),
+    _sweep("R", "iterations", (1, 2, 5, 10)),
+    _sweep("E", "out_dim", (4, 8, 32)),
 )
-"""One size at a time, around `MAIN`."""
+SWEEPS = tuple(case for turn in zip_longest(*_BY_AXIS) for case in turn if case is not None)
+"""One size at a time, around `MAIN`; by turns, so that a run cut short has some of each."""
 
 CASES = (*TARGETS, *SWEEPS)
 
