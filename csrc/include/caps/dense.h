@@ -5,7 +5,8 @@
 
 namespace caps {
 
-// Bytes of scratch: 64 MiB in all, and besides them copies of the total inputs s and, twice, of V and g [R, B, J, E].
+// Bytes of scratch: 64 MiB in all, and besides them copies of the total inputs s and, twice in tiles and three times in
+// quads, of V and g [R, B, J, E].
 constexpr int64_t kKeptBudget = int64_t{56}
                                 << 20;  // coefficients kept between passes, with u in tiles or rows and û where kept
 constexpr int64_t kPackBudget = int64_t{16} << 20;    // u in tiles; beyond it every pass makes those it needs

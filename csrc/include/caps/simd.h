@@ -416,7 +416,8 @@ CAPS_INLINE void separate(V& a, V& b, std::integer_sequence<int, e...>) {
 }
 
 // Lane k of rows[i] becomes lane i of rows[k], for as many rows as a vector has lanes. Each step exchanges a bit of the
-// lane's index for one of the row's by what is one instruction without constants on x86-64.
+// lane's index for one of the row's by what is one instruction without constants on x86-64. `interleave` moves a new
+// bit in from below, so its rows come from the highest bit down; `separate` from above.
 template <typename V>
 CAPS_INLINE void transpose(V* rows) {
   constexpr int n = kLanesOf<V>, m = 16 / sizeof(Element<V>);
