@@ -13,6 +13,7 @@ from bench.machine import available_memory
 from caps_kernels import _extension, backends
 from caps_kernels.functional import dense_capsules, dynamic_routing, predict_votes, squash
 from tests import cases
+from tests.caches import caches_for
 from tests.cases import Case
 from tests.test_op_contract import RTOL, assert_near
 
@@ -38,7 +39,7 @@ FAR_CASES = (
 @pytest.fixture
 def regime(case: Case) -> Iterator[str]:
     """The regime of dense_capsules that a case is there for. Quads take no others."""
-    with _extension.force_outer_cache(32 << 20 if case.name == "quads" else 0):
+    with caches_for("quads" if case.name == "quads" else "tiles"):
         yield case.name if case.name in ("rows", "quads") else "tiles"
 
 

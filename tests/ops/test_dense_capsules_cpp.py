@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from caps_kernels import _extension, backends
+from tests.caches import CACHES, caches_for
 from tests.cases import Case, dense_capsules
 from tests.test_op_contract import RTOL, assert_near, gradients
 
@@ -30,13 +31,17 @@ CASES = (
     dense_capsules("70-samples", 70, 21, 3, 6, 12, positions=7, bias=True),
     dense_capsules("150-samples", 150, 5, 2, 4, 17, bias=True),
     dense_capsules("3-samples-last", 3, 21, 3, 6, 12, bias=True, routing_grad="last"),
+    dense_capsules("33-samples-spread", 33, 9, 10, 3, 16, bias=True, leaky=True, iterations=4),
+    dense_capsules("16-samples-spread-last", 16, 9, 7, 5, 24, routing_grad="last"),
+    dense_capsules("18-samples-spread-shared", 18, 12, 8, 7, 20, positions=4, bias=True),
 )
+ONE_CAPSULE = "tiles, one lower capsule at a time"
 
 
-@pytest.fixture(params=[0, 32 << 20], ids=["no-quads", "quads"])
-def outer_cache(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A shared cache that holds û of no quad tile, and one that holds any of these cases."""
-    with _extension.force_outer_cache(request.param):
+@pytest.fixture(params=list(CACHES))
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Caches that call for tiles, for tiles of one lower capsule, and for quads."""
+    with caches_for(request.param):
         yield request.param
 
 
@@ -45,13 +50,13 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_instruction_set_dtype_and_number_of_threads(
-    case: Case, isa: str, outer_cache: int, threads: None
-) -> None:
+def test_every_instruction_set_dtype_and_number_of_threads(case: Case, isa: str, way: str, threads: None) -> None:
     for dtype, rtol in RTOL.items():
         inputs = case.inputs(dtype)
-        if outer_cache == 0 or (case.shapes["u"][0] >= 4 and case.shapes["weight"][3] != 5):
-            assert regime_of(case, inputs).startswith("quads") == (outer_cache > 0)
+        if way != "quads" or (case.shapes["u"][0] >= 4 and case.shapes["weight"][3] != 5):
+            assert regime_of(case, inputs).startswith("quads") == (way == "quads")
+        if isa == "v4" and "spread" in case.name:
+            assert (ONE_CAPSULE in regime_of(case, inputs)) == (way == "spread")
         exact = [t.detach().double().requires_grad_() for t in inputs]
         wanted = case.call(exact, "reference")
         wanted_gradients = gradients(wanted, exact)
@@ -73,7 +78,7 @@ def test_every_instruction_set_dtype_and_number_of_threads(
 
 def test_the_regime_is_told_and_depends_on_the_number_of_samples() -> None:
     names = _extension.isa_names()
-    with _extension.force_isa("v3" if "v3" in names else names[-1]), _extension.force_outer_cache(32 << 20):
+    with _extension.force_isa("v3" if "v3" in names else names[-1]), caches_for("quads"):
         lanes = 8 if "v3" in names else 4
         rows, quads, tiles = "rows: few samples", "quads: û of a few samples at a time", "tiles: samples in SIMD lanes"
         for samples, positions, in_dim, forward, backward in (
@@ -105,10 +110,11 @@ def told(case: Case, inputs: list[Tensor]) -> str:
 
 
 def regime_of(case: Case, inputs: list[Tensor]) -> str:
-    """ "rows", "quads" or "tiles", where backward is another "quads, tiles", and "again" behind it where the backward
-    computes the coefficients again."""
+    """ "rows", "quads", "tiles" or ONE_CAPSULE, where backward is another "quads, tiles", and "again" behind it where
+    the backward computes the coefficients again."""
     forward, _, backward = told(case, inputs).partition("; backward: ")
-    names = [forward.partition(":")[0], *(name for name in ("rows", "tiles") if backward.startswith(name))]
+    other = backward.partition(":")[0]
+    names = [forward.partition(":")[0], *([other] if other in ("rows", "tiles", ONE_CAPSULE) else [])]
     return ", ".join(names) + (" again" if "coefficients computed again" in backward else "")
 
 
@@ -133,7 +139,7 @@ def test_both_sides_of_the_number_of_samples_at_which_rows_end(out_dim: int, isa
     def case(samples: int) -> Case:
         return dense_capsules("", samples, 19, 4, 3, out_dim, bias=True, leaky=True, iterations=4)
 
-    with _extension.force_outer_cache(0):
+    with caches_for("tiles"):
         rows = [b for b in range(1, 40) if regime_of(case(b), case(b).inputs(torch.float32)) == "rows"]
         most = len(rows)
         assert rows == list(range(1, most + 1))
@@ -153,7 +159,7 @@ def test_quads_with_whole_and_empty_lanes(samples: int, in_dim: int, isa: str) -
         dense_capsules("", samples, 22, 3, in_dim, 3, positions=22, routing_grad="last"),
         dense_capsules("", samples, 22, 1, in_dim, 9, positions=2, iterations=1),
     ):
-        with _extension.force_outer_cache(32 << 20):
+        with caches_for("quads"):
             assert_right(case, [isa], "quads" if in_dim >= 12 else "quads, tiles")
 
 
@@ -161,14 +167,14 @@ def test_quads_with_whole_and_empty_lanes(samples: int, in_dim: int, isa: str) -
 @pytest.mark.parametrize(("out_dim", "regime"), [(1, "tiles"), (3, "quads"), (5, "tiles"), (6, "quads"), (9, "quads")])
 def test_quads_are_not_for_lanes_that_stay_empty(out_dim: int, regime: str) -> None:
     case = dense_capsules("", 20, 9, 3, 12, out_dim)
-    with _extension.force_outer_cache(32 << 20):
+    with caches_for("quads"):
         assert_right(case, _extension.isa_names(), regime)
 
 
 # û of 8 samples in quads takes 8 · 4 I J E bytes, of which the cache holds 3/8; with W 5/8.
 VOTES, MATRICES = dense_capsules("", 16, 64, 4, 12, 16, positions=64), dense_capsules("", 16, 64, 4, 24, 16)
 VOTES_FIT, MATRICES_FIT = 8 * -(-8 * 4 * 64 * 4 * 16 // 3), 8 * -(-4 * 64 * 4 * 16 * (8 + 24) // 5)
-CACHES = (
+SHARED_CACHES = (
     ("votes-fit", VOTES, VOTES_FIT, "quads"),
     ("votes-do-not", VOTES, VOTES_FIT - 8, "tiles"),
     ("matrices-fit", MATRICES, MATRICES_FIT, "quads"),
@@ -189,9 +195,9 @@ CACHES = (
 )
 
 
-@pytest.mark.parametrize(("case", "cache", "regime"), [pytest.param(*rest, id=name) for name, *rest in CACHES])
+@pytest.mark.parametrize(("case", "cache", "regime"), [pytest.param(*rest, id=name) for name, *rest in SHARED_CACHES])
 def test_both_sides_of_what_a_cache_holds(case: Case, cache: int, regime: str) -> None:
-    with _extension.force_outer_cache(cache):
+    with caches_for("quads", cache):
         assert_right(case, _extension.isa_names(), regime)
 
 
@@ -229,11 +235,11 @@ LIMITS = {
 )
 def test_both_sides_of_limits(regime: str, case: Case) -> None:
     # Without quads, which would take most of these.
-    with _extension.force_outer_cache(0):
+    with caches_for("tiles"):
         assert_right(case, _extension.isa_names(), regime)
 
 
-@pytest.mark.usefixtures("outer_cache")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("options", [{}, {"routing_grad": "last"}, {"positions": 100}], ids=str)
 def test_beyond_the_budget_coefficients_are_computed_again(options: dict[str, object]) -> None:
     # 2 · 9 iterations of [33 samples in 5 tiles of 8 lanes, 600, 60] doubles are over 56 MiB, whatever the lanes.
@@ -284,14 +290,47 @@ def test_memory_on_both_sides_of_the_budget_for_coefficients() -> None:
 
 
 COMPUTED_AGAIN = dense_capsules("coefficients-over-56-MiB", 33, 600, 60, 2, 3, iterations=10)
+TAKES_SPREAD = [case for case in CASES if "spread" in case.name or case.name == "16-samples"]
 
 
-@pytest.mark.parametrize("case", [*CASES, COMPUTED_AGAIN], ids=str)
-def test_the_size_of_the_innermost_cache_changes_no_bit(case: Case, isa: str) -> None:
+@pytest.mark.parametrize("case", [*(case for case in CASES if case not in TAKES_SPREAD), COMPUTED_AGAIN], ids=str)
+def test_two_tiles_at_once_change_no_bit(case: Case, isa: str) -> None:
     found = []
-    for size in (32 << 10, 48 << 10):
-        with _extension.force_innermost_cache(size), _extension.force_outer_cache(0):
+    for way in ("tiles", "spread"):
+        with caches_for(way):
             inputs = case.inputs(torch.float32)
+            assert ONE_CAPSULE not in regime_of(case, inputs)
             v = case.call(inputs, "cpp")
             found.append([v.detach(), *gradients(v, inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# Where one lower capsule is taken at a time: û of two of two tiles, with V and the sums of these, is over 48 KiB, that
+# of one fits 7/8 of it with u spread, and in backward g too; E fills four quads, each whole.
+ONE_OR_TWO = (
+    ("two-fit", dense_capsules("", 16, 9, 4, 8, 16), "tiles"),
+    ("two-fit-in-forward", dense_capsules("", 16, 9, 6, 8, 16, iterations=2), f"tiles, {ONE_CAPSULE}"),
+    ("two-do-not", dense_capsules("", 40, 9, 7, 8, 16, bias=True), ONE_CAPSULE),
+    ("backward-fits", dense_capsules("", 17, 9, 10, 8, 16, leaky=True), ONE_CAPSULE),
+    ("backward-does-not", dense_capsules("", 17, 9, 10, 9, 16), f"{ONE_CAPSULE}, tiles"),
+    ("forward-fits", dense_capsules("", 16, 9, 13, 8, 16), f"{ONE_CAPSULE}, tiles"),
+    ("forward-does-not", dense_capsules("", 16, 9, 14, 8, 16), "tiles"),
+    ("three-quads", dense_capsules("", 16, 9, 12, 8, 12), "tiles"),
+    ("part-of-a-quad", dense_capsules("", 16, 9, 8, 8, 18), "tiles"),
+    ("over-56-MiB", dense_capsules("", 33, 1950, 9, 1, 16, iterations=10), f"{ONE_CAPSULE} again"),
+)
+
+
+@pytest.mark.skipif("v4" not in _extension.isa_names(), reason="takes vectors of 64 bytes")
+@pytest.mark.parametrize(("case", "regime"), [pytest.param(*rest, id=name) for name, *rest in ONE_OR_TWO])
+def test_both_sides_of_one_lower_capsule_at_a_time(case: Case, regime: str) -> None:
+    with caches_for("spread"):
+        assert_right(case, ["v4"], regime)
+
+
+@pytest.mark.skipif("v4" not in _extension.isa_names(), reason="takes vectors of 64 bytes")
+def test_tiles_of_few_empty_lanes_go_before_quads_where_the_innermost_cache_is_large() -> None:
+    with _extension.force_isa("v4"), caches_for("spread", 32 << 20):
+        for samples, regime in ((12, "quads"), (13, "tiles"), (24, "quads"), (26, "tiles"), (128, "tiles")):
+            case = dense_capsules("", samples, 9, 4, 12, 16)
+            assert regime_of(case, case.inputs(torch.float32)) == regime

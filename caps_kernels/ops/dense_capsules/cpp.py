@@ -50,6 +50,7 @@ REGIMES = (
     "rows: few samples, û computed once and kept",
     "quads: û of a few samples at a time computed once and kept",
     "tiles: samples in SIMD lanes, û computed again in every pass",
+    "tiles, one lower capsule at a time: samples in SIMD lanes, û computed again in every pass",
 )
 
 

@@ -61,11 +61,29 @@ inline int64_t group_of(const Plan& p) {
   return std::min(p.tiles, std::max(least, many / kQuadPair * kQuadPair));
 }
 
+// Whether tiles of few empty lanes are faster than quads: with two tiles at once, which an innermost cache of 48 KiB
+// allows for (processors that have one do two multiply-adds a cycle, and their cores share a cache that is large and
+// slow), making û again costs less than reading it.
+inline bool prefers_tiles(const Plan& p) {
+  const int64_t samples = ceil_div(p.B, p.lanes) * p.lanes;
+  return vector_bytes() == 64 && innermost_cache() >= 48 << 10 && 4 * samples <= 5 * p.B;
+}
+
+// Whether a routing pass over tiles takes one lower capsule of one tile at a time, in quads: where its û fits in the
+// innermost cache with u spread, V, g and the sums, as that of two capsules of two tiles does not, and where E fills
+// the registers.
+inline bool takes_spread(const Plan& p, bool backward) {
+  const int64_t tile = p.J * p.E * vector_bytes(), arrays = backward ? 4 : 3;
+  return vector_bytes() == 64 && innermost_cache() >= 48 << 10 && p.E % quad(p) == 0 && p.E >= 4 * quad(p) &&
+         arrays * tile + quad(p) * p.D * 64 <= innermost_cache() / 8 * 7 &&
+         (kRouted + (arrays - 1) * kPair) * tile > innermost_cache();
+}
+
 // û of a group and W, which every group reads, must stay in cache, and a third of a quad's lanes at most be empty. In
 // backward, where û is needed once less, making it again costs no more than reading it while D is small.
 inline bool takes_quads(const Plan& p, int64_t types, bool backward) {
   const int64_t votes = votes_bytes(p, group_of(p)), matrices = types * p.J * p.D * p.E * p.item;
-  return votes <= group_budget() && votes + matrices <= outer_cache() / 8 * 5 &&
+  return !prefers_tiles(p) && votes <= group_budget() && votes + matrices <= outer_cache() / 8 * 5 &&
          2 * ceil_div(p.E, quad(p)) * quad(p) <= 3 * p.E && (!backward || p.D >= 12);
 }
 
@@ -105,6 +123,7 @@ inline Plan plan(DenseArgs& a, bool backward) {
   // û of four tiles should fit in the innermost cache with V and g of each tile. With 16 registers the reads of W that
   // two tiles share count more than that.
   a.routed_tiles = vector_bytes() < 64 || innermost_cache() >= 48 << 10 ? kPair : 1;
+  a.spread = p.regime == Regime::tiles && takes_spread(p, backward);
   // At least 16 tasks, few since what other cores wrote is slow to add, or 32 of rows. Where matrices are read again,
   // by other tiles or from copies, what a chunk needs of W, and of u where that is not kept in tiles, in half of a
   // level 2 cache; elsewhere at most 256 votes to a sum, for the sake of its digits. Partial sums within their budget.

@@ -4,6 +4,7 @@
 
 #include <caps/dense.h>
 #include <caps/dense_quads.h>
+#include <caps/spread_routing.h>
 #include <caps/tile_routing.h>
 
 namespace caps::CAPS_ISA {
@@ -43,6 +44,10 @@ struct Layout {
     return static_cast<T*>(a.basis) + (tile * J + j) * E * lanes * (2 * a.iterations - 1);
   }
   T uniform() const { return T(1) / T(J + (z.leaky ? 1 : 0)); }
+  // Numbers of scratch that a routing pass needs.
+  int64_t route_scratch(bool backward) const {
+    return a.spread ? spread_scratch<T>(z, backward) : kRouted * (tile_size + (backward ? 2 : 1) * row);
+  }
   View<3> s_view(int64_t t) const {
     const View<4>& s = a.s;
     char* data = static_cast<char*>(s.data) + t * s.stride[0] * int64_t(sizeof(T));

@@ -77,11 +77,10 @@ CAPS_INLINE Vec<T> sum_of_quad(Vec<T> x) {
   return sum_of_quad<1, T>(x, std::make_integer_sequence<int, kLanes<T>>());
 }
 
-// Between quad tiles and tiles: from vectors [kQuadSamples][kQuad] of the kQuad quad tiles of a tile to the kQuad
-// vectors of a number each, in whose lanes lie all samples of the tile.
+// Number e of quad q of rows[k] becomes number k of quad q of rows[e], for kQuad rows.
 template <typename T, int... e>
-CAPS_INLINE void quads_to_lanes(Vec<T>* rows, std::integer_sequence<int, e...> lanes) {
-  constexpr int n = kQuad<T>, samples = kQuadSamples<T>;
+CAPS_INLINE void transpose_quads(Vec<T>* rows, std::integer_sequence<int, e...> lanes) {
+  constexpr int n = kQuad<T>;
   CAPS_UNROLL
   for (int h = 1; h < n; h *= 2) {
     CAPS_UNROLL
@@ -91,6 +90,14 @@ CAPS_INLINE void quads_to_lanes(Vec<T>* rows, std::integer_sequence<int, e...> l
       else exchange<2>(rows[i], rows[i | h], lanes);
     }
   }
+}
+
+// Between quad tiles and tiles: from vectors [kQuadSamples][kQuad] of the kQuad quad tiles of a tile to the kQuad
+// vectors of a number each, in whose lanes lie all samples of the tile.
+template <typename T, int... e>
+CAPS_INLINE void quads_to_lanes(Vec<T>* rows, std::integer_sequence<int, e...> lanes) {
+  constexpr int n = kQuad<T>, samples = kQuadSamples<T>;
+  transpose_quads<T>(rows, lanes);
   CAPS_UNROLL
   for (int i = 0; i < n; ++i) rows[i] = __builtin_shufflevector(rows[i], rows[i], (e % samples * n + e / samples)...);
 }

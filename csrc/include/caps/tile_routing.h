@@ -15,9 +15,6 @@ struct Sizes {
 
 constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // sums of votes held in registers at once
 constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
-// Tiles times lower capsules whose û a routing pass holds at once: the tiles share one read of W, the capsules one of
-// V, g and the sums.
-constexpr int kRouted = 4;
 
 template <int n>
 struct Block {
