@@ -82,11 +82,14 @@ void* map_memory(int64_t) { return nullptr; }
 void unmap_memory(void*, int64_t) {}
 #endif
 
-// Grows to the largest size asked for, and gives memory beyond `kKept` back at the next request for less.
+// Grows to the largest size asked for, and gives memory beyond `kKept` back when `kPatience` requests in a row have
+// asked for no more than that: a backward may need more than the forwards it takes turns with.
 struct Buffer {
   static constexpr int64_t kKept = int64_t{64} << 20;
+  static constexpr int kPatience = 16;
   void* data = nullptr;
   int64_t size = 0;
+  int smaller = 0;  // requests in a row for no more than kKept
 
   Buffer() = default;
   Buffer(const Buffer&) = delete;
@@ -103,7 +106,8 @@ struct Buffer {
   }
 
   void* get(int64_t bytes) {
-    const bool too_large = size > kKept && bytes <= kKept;
+    smaller = bytes > kKept ? 0 : smaller < kPatience ? smaller + 1 : smaller;
+    const bool too_large = size > kKept && smaller == kPatience;
     if (bytes > size || too_large) {
       release();
       const int64_t rounded = (bytes + 4095) / 4096 * 4096;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -334,3 +335,26 @@ def test_tiles_of_few_empty_lanes_go_before_quads_where_the_innermost_cache_is_l
         for samples, regime in ((12, "quads"), (13, "tiles"), (24, "quads"), (26, "tiles"), (128, "tiles")):
             case = dense_capsules("", samples, 9, 4, 12, 16)
             assert regime_of(case, case.inputs(torch.float32)) == regime
+
+
+FAULTS = """
+import resource
+import torch
+from caps_kernels.functional import dense_capsules
+
+u, weight = torch.randn(320, 340, 1, requires_grad=True), torch.randn(340, 32, 1, 16, requires_grad=True)
+for call in range(15):
+    if call == 5:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    v = dense_capsules(u, weight, backend="cpp")
+    torch.autograd.grad(v.sum(), (u, weight))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_scratch_beyond_64_mib_is_kept_while_forward_and_backward_take_turns() -> None:
+    # 56 MiB of coefficients, 16 of sums and of copies of s, V and g; made anew for every call they cost thousands of
+    # page faults.
+    environment = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=environment)
+    assert int(run.stdout) < 1500
