@@ -14,11 +14,9 @@ constexpr int64_t kPartialBudget = int64_t{8} << 20;  // partial sums, but for a
 constexpr int64_t kVotesBudget = int64_t{32} << 20;   // of it, û of rows
 constexpr int64_t kGroupSamples = 8;                  // least number of samples in a group of quad tiles
 constexpr int kPair = 2;                              // neighbouring tiles that share one read of W
-// Tiles times lower capsules whose û a routing pass holds at once: the tiles share one read of W, the capsules one of
-// V, g and the sums.
-constexpr int kRouted = 4;
-constexpr int kQuadPair = 2;   // neighbouring quad tiles that do
-constexpr int64_t kGroup = 8;  // tiles whose gû stay in cache together
+constexpr int kRouted = 4;                            // lower capsules that share one read of V, g and the sums
+constexpr int kQuadPair = 2;                          // neighbouring quad tiles that do
+constexpr int64_t kGroup = 8;                         // tiles whose gû stay in cache together
 
 // Bytes of grad_u from which it is written past the caches. Its lines are written whole, but the rows of a tile often
 // lie a multiple of a page apart, and so in few sets of a cache, which would first have to read them.
@@ -35,6 +33,7 @@ struct DenseArgs {
 
   int64_t tiles;               // of samples; in the regime of rows each sample is one
   int64_t routed_tiles;        // of them, that a routing pass takes at once: 1 or kPair
+  int64_t routed;              // tiles times lower capsules that it does
   bool spread;                 // routing passes over tiles take one, and one lower capsule (caps/spread_routing.h)
   int64_t chunk, chunks;       // lower capsules are cut into `chunks` of `chunk`
   int64_t types, parts, part;  // last pass over tiles: tasks of 4 types, or of `part` positions of one type

@@ -69,14 +69,18 @@ inline bool prefers_tiles(const Plan& p) {
   return vector_bytes() == 64 && innermost_cache() >= 48 << 10 && 4 * samples <= 5 * p.B;
 }
 
+// Whether û of two lower capsules of two tiles fits in the innermost cache with V, g and the sums of these.
+inline bool fits_pairs(const Plan& p, bool backward) {
+  return (kRouted + (backward ? 3 : 2) * kPair) * p.J * p.E * vector_bytes() <= innermost_cache();
+}
+
 // Whether a routing pass over tiles takes one lower capsule of one tile at a time, in quads: where its û fits in the
 // innermost cache with u spread, V, g and the sums, as that of two capsules of two tiles does not, and where E fills
 // the registers.
 inline bool takes_spread(const Plan& p, bool backward) {
   const int64_t tile = p.J * p.E * vector_bytes(), arrays = backward ? 4 : 3;
   return vector_bytes() == 64 && innermost_cache() >= 48 << 10 && p.E % quad(p) == 0 && p.E >= 4 * quad(p) &&
-         arrays * tile + quad(p) * p.D * 64 <= innermost_cache() / 8 * 7 &&
-         (kRouted + (arrays - 1) * kPair) * tile > innermost_cache();
+         arrays * tile + quad(p) * p.D * 64 <= innermost_cache() / 8 * 7 && !fits_pairs(p, backward);
 }
 
 // û of a group and W, which every group reads, must stay in cache, and a third of a quad's lanes at most be empty. In
@@ -123,6 +127,9 @@ inline Plan plan(DenseArgs& a, bool backward) {
   // û of four tiles should fit in the innermost cache with V and g of each tile. With 16 registers the reads of W that
   // two tiles share count more than that.
   a.routed_tiles = vector_bytes() < 64 || innermost_cache() >= 48 << 10 ? kPair : 1;
+  // Where they leave that cache anyway, four capsules of two tiles share more.
+  const bool many = vector_bytes() == 64 && a.routed_tiles == kPair && !fits_pairs(p, backward);
+  a.routed = many ? kPair * kRouted : kRouted;
   a.spread = p.regime == Regime::tiles && takes_spread(p, backward);
   // At least 16 tasks, few since what other cores wrote is slow to add, or 32 of rows. Where matrices are read again,
   // by other tiles or from copies, what a chunk needs of W, and of u where that is not kept in tiles, in half of a

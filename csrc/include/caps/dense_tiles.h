@@ -46,7 +46,7 @@ struct Layout {
   T uniform() const { return T(1) / T(J + (z.leaky ? 1 : 0)); }
   // Numbers of scratch that a routing pass needs.
   int64_t route_scratch(bool backward) const {
-    return a.spread ? spread_scratch<T>(z, backward) : kRouted * (tile_size + (backward ? 2 : 1) * row);
+    return a.spread ? spread_scratch<T>(z, backward) : a.routed * (tile_size + (backward ? 2 : 1) * row);
   }
   View<3> s_view(int64_t t) const {
     const View<4>& s = a.s;
@@ -63,7 +63,7 @@ CAPS_INLINE void for_pair(int64_t tiles, const F& f) {
   else f(Block<1>());
 }
 
-// Runs f(Block<n>(), tile) for the tiles that a routing pass takes at once.
+// Runs f(Block<n>(), tile) for the tiles that share a read of W where û is made.
 template <typename F>
 CAPS_INLINE void for_routed(const DenseArgs& a, int64_t tiles, const F& f) {
   if (a.routed_tiles == kPair) for_blocks<kPair>(tiles, f);
@@ -106,6 +106,39 @@ CAPS_INLINE void for_chunks(const Layout<T>& l, int64_t memory_size, int64_t beg
     const Packed<T> u(l, tile, tiles, i0, i1 - i0, memory + own);
     for_pair(tiles,
              [&](auto pair) __attribute__((always_inline)) { body(pair, weights, i0, i1, tile, u, sums, memory); });
+  }
+}
+
+// The pass of iteration a.t over lower capsules i0 … i1 - 1 of neighbouring tiles, from `tile0` on, in the way that the
+// plan chose.
+template <bool backward, int tiles, typename T>
+void route_chunk(const Layout<T>& l, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile0,
+                 const Packed<T>& u, T* sums, T* memory) {
+  const DenseArgs& a = l.a;
+  const int64_t index = backward ? 2 * (a.t - 1) : 0;
+  const auto V = [&](int64_t n) { return l.V(backward ? a.t - 1 : 0, tile0 + n); };
+  const auto g = [&](int64_t n) { return backward ? l.g(a.t, tile0 + n) : nullptr; };
+  const auto sums_of = [&](int64_t n) { return backward && a.last_only ? nullptr : sums + n * l.tile_size; };
+  const auto c = [&](int64_t n) { return a.keep ? l.kept(index, tile0 + n, i0) : nullptr; };
+  const auto gb = [&](int64_t n) { return a.keep && backward ? l.kept(index + 1, tile0 + n, i0) : nullptr; };
+  if constexpr (kCanSpread<T>) {
+    for (int n = 0; a.spread && n < tiles; ++n) {
+      route_spread<backward>(u.u + n * u.step, weights, l.z, i0, i1, V(n), g(n), sums_of(n), memory, c(n), gb(n));
+    }
+    if (a.spread) return;
+  }
+  const auto some = [&](auto block, auto capsules, int64_t n) __attribute__((always_inline)) {
+    constexpr int at_once = decltype(capsules)::size, held = decltype(block)::size * at_once;
+    T *own_c = memory + held * l.tile_size, *own_gb = backward ? own_c + held * l.row : nullptr;
+    route<backward, decltype(block)::size, at_once>(u.u + n * u.step, u.step, weights, l.z, i0, i1, V(n), g(n),
+                                                    sums_of(n), memory, a.keep, a.keep ? c(n) : own_c,
+                                                    a.keep ? gb(n) : own_gb, (a.keep ? l.I : at_once) * l.row);
+  };
+  if (tiles == kPair && a.routed_tiles == kPair) {
+    if (a.routed == kPair * kRouted) some(Block<kPair>(), Block<kRouted>(), 0);
+    else some(Block<kPair>(), Block<kRouted / kPair>(), 0);
+  } else {
+    for (int n = 0; n < tiles; ++n) some(Block<1>(), Block<kRouted>(), n);
   }
 }
 

@@ -19,27 +19,12 @@ void tiles_pack(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t votes = kRouted * l.tile_size;
     for_chunks(l, l.route_scratch(false), begin, end,
                [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u,
                    T* sums, T* memory) {
                  constexpr int tiles = decltype(pair)::size;
-                 if (args.t == 0) return route_uniformly<tiles>(u.u, u.step, weights, l.z, i0, i1, l.uniform(), sums);
-                 if constexpr (kCanSpread<T>) {
-                   for (int n = 0; args.spread && n < tiles; ++n) {
-                     route_spread<false, T>(u.u + n * u.step, weights, l.z, i0, i1, l.V(0, tile + n), nullptr,
-                                            sums + n * l.tile_size, memory,
-                                            args.keep ? l.kept(0, tile + n, i0) : nullptr, nullptr);
-                   }
-                   if (args.spread) return;
-                 }
-                 for_routed(args, tiles, [&](auto block, int64_t n) __attribute__((always_inline)) {
-                   const int64_t c_step = (args.keep ? l.I : kRouted / block.size) * l.row;
-                   T* c = args.keep ? l.kept(0, tile + n, i0) : memory + votes;
-                   route<false, decltype(block)::size, T>(u.u + n * u.step, u.step, weights, l.z, i0, i1,
-                                                          l.V(0, tile + n), nullptr, sums + n * l.tile_size, memory,
-                                                          args.keep, c, nullptr, c_step);
-                 });
+                 if (args.t == 0) route_uniformly<tiles>(u.u, u.step, weights, l.z, i0, i1, l.uniform(), sums);
+                 else route_chunk<false, tiles>(l, weights, i0, i1, tile, u, sums, memory);
                });
   });
 }
@@ -74,30 +59,10 @@ void tiles_start_backward(const DenseArgs& args, int64_t begin, int64_t end) {
 void tiles_route_backward(const DenseArgs& args, int64_t begin, int64_t end) {
   with_accumulation_type(args.dtype, [&]<typename T>() {
     const Layout<T> l(args);
-    const int64_t votes = kRouted * l.tile_size;
-    for_chunks(l, l.route_scratch(true), begin, end,
-               [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile0, const Packed<T>& u,
-                   T* sums, T* memory) {
-                 constexpr int tiles = decltype(pair)::size;
-                 if constexpr (kCanSpread<T>) {
-                   for (int n = 0; args.spread && n < tiles; ++n) {
-                     const int64_t tile = tile0 + n;
-                     route_spread<true, T>(u.u + n * u.step, weights, l.z, i0, i1, l.V(args.t - 1, tile),
-                                           l.g(args.t, tile), args.last_only ? nullptr : sums + n * l.tile_size, memory,
-                                           args.keep ? l.c(args.t, tile, i0) : nullptr,
-                                           args.keep ? l.gb(args.t, tile, i0) : nullptr);
-                   }
-                   if (args.spread) return;
-                 }
-                 for_routed(args, tiles, [&](auto block, int64_t n) __attribute__((always_inline)) {
-                   const int64_t tile = tile0 + n, c_step = (args.keep ? l.I : kRouted / block.size) * l.row;
-                   T* c = args.keep ? l.c(args.t, tile, i0) : memory + votes;
-                   T* gb = args.keep ? l.gb(args.t, tile, i0) : c + kRouted * l.row;
-                   route<true, decltype(block)::size, T>(
-                       u.u + n * u.step, u.step, weights, l.z, i0, i1, l.V(args.t - 1, tile), l.g(args.t, tile),
-                       args.last_only ? nullptr : sums + n * l.tile_size, memory, args.keep, c, gb, c_step);
-                 });
-               });
+    for_chunks(
+        l, l.route_scratch(true), begin, end,
+        [&](auto pair, const Weights<T>& weights, int64_t i0, int64_t i1, int64_t tile, const Packed<T>& u, T* sums,
+            T* memory) { route_chunk<true, decltype(pair)::size>(l, weights, i0, i1, tile, u, sums, memory); });
   });
 }
 

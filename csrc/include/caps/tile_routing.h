@@ -207,11 +207,11 @@ CAPS_INLINE void add_weighted(const T* votes, int64_t step, const T* factors, Si
 //   forward:  sums += Σ_i c_i û_i                            (s)
 //   backward: gb_i = c_i (gc_i - Σ_j c_i gc_i), gc_i = g · û_i, and sums += Σ_i gb_i û_i   (gV), unless `sums` is null
 // u: of capsule `first`. V, g, sums: [tiles][J·E]. c, gb: [last - first][J] of each tile c_step apart, or where not
-// `keep` [kRouted / tiles][J], that each group of capsules writes over. votes: room for kRouted times [J·E].
-template <bool backward, int tiles, typename T>
+// `keep` [capsules][J], that each group of capsules writes over. votes: room for `tiles` times `capsules` [J·E].
+template <bool backward, int tiles, int capsules, typename T>
 void route(const T* u, int64_t u_step, const Weights<T>& weights, Sizes z, int64_t first, int64_t last, const T* V,
            const T* g, T* sums, T* votes, bool keep, T* c, T* gb, int64_t c_step) {
-  constexpr int lanes = kLanes<T>, capsules = kRouted / tiles;
+  constexpr int lanes = kLanes<T>;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim;
   for (int64_t i = first; i < last; i += capsules) {
     const int64_t count = min_of(last - i, capsules);
