@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.cases import Case
 
 CHUNK_BYTES = 256 * 2**20
-"""Of û in float64; some five tensors of this size are alive at once."""
+"""Of û and W in float64; some five tensors of this size are alive at once."""
 SAMPLED_VOTES = 5e7
 """Elements of û beyond which a few samples stand for all."""
 
@@ -106,7 +106,8 @@ class _Routing:
         self.inputs = [tensor.detach() for tensor in inputs]
         self.bias = self.inputs[-1].double() if case.bias else None
         self.rows = self.inputs[0][samples]
-        size = 8 * max(1, len(samples)) * case.out_capsules * case.out_dim
+        rows = max(1, len(samples)) + (case.in_dim if self.dense else 0)
+        size = 8 * rows * case.out_capsules * case.out_dim
         # Whole types at a time, so that a chunk's gradient of W is complete.
         types = max(1, CHUNK_BYTES // (size * case.positions))
         self.step = int(types) * case.positions

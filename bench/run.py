@@ -48,7 +48,7 @@ and that is its result. Close other programs first: shares of a ceiling mean lit
 _HEAP_CASES = ("main", "59-classes")
 _SECONDS_A_CASE = {True: 5.0, False: 12.0}
 _RESERVE = 45.0
-# The largest case takes 20 GiB of a machine's 24 for its check in float64.
+# The largest case takes most of a machine's 24 GiB for its check in float64.
 _HEAP_LIMIT = 2**30
 
 
@@ -100,9 +100,9 @@ def chosen(given: argparse.Namespace) -> list[Case]:
 class Run:
     """A run in progress."""
 
-    def __init__(self, given: argparse.Namespace, cases: Sequence[Case], device: str) -> None:
+    def __init__(self, given: argparse.Namespace, cases: Sequence[Case], device: str, about: dict[str, str]) -> None:
         minutes = given.minutes if given.minutes is not None else (4 if given.quick else 40)
-        self.given, self.cases, self.device = given, cases, device
+        self.given, self.cases, self.device, self.about = given, cases, device, about
         self.deadline = time.monotonic() + 60 * minutes
         self.limits = Limits.here(given.limit_seconds, given.limit_gib, device)
         self.record = Record({}, {}, ceilings.measure(torch.get_num_threads(), device))
@@ -110,6 +110,22 @@ class Run:
         self.peaks: dict[str, dict[str, dict[str, int | str]]] = {}
         self.record.outcomes, self.record.peaks = self.outcomes, self.peaks
         self.not_run: dict[str, str] = {}
+        self.before: ceilings.Ceilings = self.record.ceilings
+        self.after: ceilings.Ceilings | None = None
+        self.default: Record | None = None
+
+    def save(self) -> None:
+        """Write what is known so far, where --json asks for it: a run that is ended from outside loses nothing."""
+        if self.given.json is None:
+            return
+        content = {"machine": self.about, "measures": Clock(self.device).what, **report.as_dict(self.record)}
+        content |= {"ceilings_at_the_start": vars(self.before)}
+        content |= {"ceilings_at_the_end": vars(self.after) if self.after is not None else {}}
+        content |= {"not_run": self.not_run}
+        targets = report.target_rows(self.record) if self.device == "cpu" else []
+        content |= {"targets": targets, "losses": report.losses(self.record)}
+        content |= {"default_heap": report.as_dict(self.default)["cases"] if self.default is not None else {}}
+        report.write_json(self.given.json, content)
 
     def time_left(self) -> float:
         """Seconds until no further case is begun."""
@@ -139,6 +155,7 @@ class Run:
                 )
                 self.outcomes[case.name] = outcomes
                 tqdm.write(report.table(case, outcomes, self.record.ceilings) + "\n")
+                self.save()
                 if machine.resident() > _HEAP_LIMIT:
                     machine.give_memory_back()
 
@@ -211,29 +228,23 @@ def run(given: argparse.Namespace, cases: Sequence[Case], device: str) -> None:
     about = machine.describe(device)
     print("\n".join(f"{name:<13} {value}" for name, value in about.items()))
     print(f"{'measures':<13} {Clock(device).what}")
-    current = Run(given, cases, device)
+    current = Run(given, cases, device, about)
     print("\n".join(current.record.ceilings.lines()), f"\n\n{report.LEGEND}\n", flush=True)
     first = [case for case in cases if case in TARGETS]
     current.time(first, 0.0 if given.only else _RESERVE)
     weighs = not given.no_memory and (device == "cuda" or machine.reset_peak())
     if weighs:
         current.measure_memory(first, _RESERVE)
-    default = None if given.only else current.measure_default_heap()
+    current.default = None if given.only else current.measure_default_heap()
     sweeps = [case for case in cases if case not in TARGETS]
     current.time(sweeps, 2 * _RESERVE)
     if weighs:
         current.measure_memory(sweeps, _RESERVE / 3)
-    before, after = current.record.ceilings, ceilings.measure(torch.get_num_threads(), device)
-    current.record.ceilings = before.highest(after)
-    finish(current, default, before, after)
+    before, after = current.before, ceilings.measure(torch.get_num_threads(), device)
+    current.record.ceilings, current.after = before.highest(after), after
+    finish(current, current.default, before, after)
+    current.save()
     if given.json is not None:
-        content = {"machine": about, "measures": Clock(device).what, **report.as_dict(current.record)}
-        content |= {"ceilings_at_the_start": vars(before), "ceilings_at_the_end": vars(after)}
-        content |= {"not_run": current.not_run}
-        targets = report.target_rows(current.record) if device == "cpu" else []
-        content |= {"targets": targets, "losses": report.losses(current.record)}
-        content |= {"default_heap": report.as_dict(default)["cases"] if default is not None else {}}
-        report.write_json(given.json, content)
         print(f"wrote {given.json}")
     if given.plot is not None:
         plots.save(current.record, given.plot)

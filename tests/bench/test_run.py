@@ -53,6 +53,20 @@ def test_shares_of_targets_refer_to_the_higher_peak(
     assert "was 100 GFLOP/s at the start and 200 at the end" in capsys.readouterr().out
 
 
+def test_a_run_that_is_ended_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured_again(*_: object) -> ceilings.Ceilings:
+        raise KeyboardInterrupt
+
+    first = iter([ceilings.Ceilings(100, 50, "", 80, 20)])
+    monkeypatch.setattr(ceilings, "measure", lambda *_: next(first, None) or measured_again())
+    file = tmp_path / "r.json"
+    assert run.main(["--heap", "default", "--only", "main", "--no-memory", "--json", str(file)]) == 130
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["cases"]["main"]["contenders"]
+    assert content["machine"]["torch"]
+    assert content["ceilings_at_the_end"] == {}
+
+
 def test_no_case_is_begun_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     given = run.build_parser().parse_args(["--minutes", "0", "--heap", "default", "--no-memory"])
     run.run(given, [TINY], "cpu")
