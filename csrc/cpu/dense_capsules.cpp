@@ -10,10 +10,10 @@
 // Tiles (caps/dense_tiles*.h): samples lie in the SIMD lanes; û and its gradient exist for a few lower capsules and one
 // tile of samples at a time. Forward: the samples of u are packed into tiles; an iteration is a pass over chunks of
 // lower capsules for each tile, whose partial sums are then added in the order of the chunks. A pass takes a few lower
-// capsules of one or two tiles at once, or one of one, in the order of quads (caps/spread_routing.h). Backward: the same
-// passes for t = R … 2, which keep the coefficients c and gb (or not, beyond kKeptBudget: then they are computed again),
-// and one last pass that forms gû = Σ_t c^t g^t + gb^t V^{t-1} from them and contracts it at once into grad_u and
-// grad_weight.
+// capsules of one or two tiles at once, or one of one, in the order of quads (caps/spread_routing.h). Backward: the
+// same passes for t = R … 2, which keep the coefficients c and gb (or not, beyond kKeptBudget: then they are computed
+// again), and one last pass that forms gû = Σ_t c^t g^t + gb^t V^{t-1} from them and contracts it at once into grad_u
+// and grad_weight.
 #include <caps/dense.h>
 
 namespace caps {

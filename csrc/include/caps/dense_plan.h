@@ -61,9 +61,9 @@ inline int64_t group_of(const Plan& p) {
   return std::min(p.tiles, std::max(least, many / kQuadPair * kQuadPair));
 }
 
-// Whether tiles of few empty lanes are faster than quads: with two tiles at once, which an innermost cache of 48 KiB
-// allows for (processors that have one do two multiply-adds a cycle, and their cores share a cache that is large and
-// slow), making û again costs less than reading it.
+// Whether tiles of few empty lanes are faster than quads: where the innermost cache has 48 KiB, making û again costs
+// less than reading it from the cache that cores share. So it was on an Intel Xeon, with two multiply-adds a cycle and
+// a large, slow shared cache; other processors with 48 KiB were not tried.
 inline bool prefers_tiles(const Plan& p) {
   const int64_t samples = ceil_div(p.B, p.lanes) * p.lanes;
   return vector_bytes() == 64 && innermost_cache() >= 48 << 10 && 4 * samples <= 5 * p.B;
