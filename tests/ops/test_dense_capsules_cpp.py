@@ -352,7 +352,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def test_scratch_beyond_64_mib_is_kept_while_forward_and_backward_take_turns() -> None:
+def test_memory_beyond_64_mib_is_kept_while_forward_and_backward_take_turns() -> None:
     # 56 MiB of coefficients, 16 of sums and of copies of s, V and g; made anew for every call they cost thousands of
     # page faults.
     environment = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
