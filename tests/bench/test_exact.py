@@ -46,6 +46,14 @@ def test_agrees_with_autograd(case: Case, samples: str, monkeypatch: pytest.Monk
     assert max(errors) < 1e-14
 
 
+def test_a_chunk_holds_no_more_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("wide", batch=2, in_capsules=40, out_capsules=3, in_dim=16, out_dim=4)
+    monkeypatch.setattr(exact, "CHUNK_BYTES", 8 * 12 * (2 + 16) * 5)
+    chunks = list(exact._Routing(case, case.inputs(), [0, 1])._chunks())
+    assert [chunk.stop - chunk.start for chunk, *_ in chunks] == [5] * 8
+    assert all(weight.nbytes + votes.nbytes <= exact.CHUNK_BYTES for _, _, weight, votes in chunks)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_notices_a_wrong_element(case: Case) -> None:
     inputs, _, grad_output, gradients = _right(case)

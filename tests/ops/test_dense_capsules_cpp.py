@@ -291,10 +291,14 @@ def test_memory_on_both_sides_of_the_budget_for_coefficients() -> None:
 
 
 COMPUTED_AGAIN = dense_capsules("coefficients-over-56-MiB", 33, 600, 60, 2, 3, iterations=10)
+# Four lower capsules of two tiles at once, the last three of a chunk by themselves; E ends in a part of a quad.
+FOUR_OF_TWO = dense_capsules("four-capsules-of-two-tiles", 33, 11, 10, 3, 18, bias=True)
 TAKES_SPREAD = [case for case in CASES if "spread" in case.name or case.name == "16-samples"]
 
 
-@pytest.mark.parametrize("case", [*(case for case in CASES if case not in TAKES_SPREAD), COMPUTED_AGAIN], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(case for case in CASES if case not in TAKES_SPREAD), COMPUTED_AGAIN, FOUR_OF_TWO], ids=str
+)
 def test_two_tiles_at_once_change_no_bit(case: Case, isa: str) -> None:
     found = []
     for way in ("tiles", "spread"):
@@ -315,7 +319,7 @@ ONE_OR_TWO = (
     ("backward-fits", dense_capsules("", 17, 9, 10, 8, 16, leaky=True), ONE_CAPSULE),
     ("backward-does-not", dense_capsules("", 17, 9, 10, 9, 16), f"{ONE_CAPSULE}, tiles"),
     ("forward-fits", dense_capsules("", 16, 9, 13, 8, 16), f"{ONE_CAPSULE}, tiles"),
-    ("forward-does-not", dense_capsules("", 16, 9, 14, 8, 16), "tiles"),
+    ("forward-does-not", dense_capsules("", 34, 11, 14, 8, 16), "tiles"),
     ("three-quads", dense_capsules("", 16, 9, 12, 8, 12), "tiles"),
     ("part-of-a-quad", dense_capsules("", 16, 9, 8, 8, 18), "tiles"),
     ("over-56-MiB", dense_capsules("", 33, 1950, 9, 1, 16, iterations=10), f"{ONE_CAPSULE} again"),

@@ -80,7 +80,7 @@ inline bool fits_pairs(const Plan& p, bool backward) {
 inline bool takes_spread(const Plan& p, bool backward) {
   const int64_t tile = p.J * p.E * vector_bytes(), arrays = backward ? 4 : 3;
   return vector_bytes() == 64 && innermost_cache() >= 48 << 10 && p.E % quad(p) == 0 && p.E >= 4 * quad(p) &&
-         arrays * tile + quad(p) * p.D * 64 <= innermost_cache() / 8 * 7 && !fits_pairs(p, backward);
+         arrays * tile + quad(p) * p.D * vector_bytes() <= innermost_cache() / 8 * 7 && !fits_pairs(p, backward);
 }
 
 // û of a group and W, which every group reads, must stay in cache, and a third of a quad's lanes at most be empty. In
