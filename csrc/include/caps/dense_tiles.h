@@ -426,7 +426,8 @@ class Gradients {
       }
     }
     const T c0 = uniform_, *g0 = l_.basis(tile, j), *basis = g0 + (2 * t - 1) * lanes;
-    for (int64_t e = 0; e < l_.E * lanes; e += lanes, g0 += width, basis += width) {
+    const int64_t end = l_.E * lanes;
+    for (int64_t e = 0; e < end; e += lanes, g0 += width, basis += width) {
       const V first = begin && full ? c0 * load<V>(g0) : V{};
       V sums[n];
 #pragma GCC unroll 4

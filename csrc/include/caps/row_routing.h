@@ -41,7 +41,7 @@ CAPS_INLINE void prefetch_pages(const T* from, int64_t count) {
 
 // Rows of W whose factors u_d are held in registers at once, for `samples` samples.
 template <int samples>
-constexpr int kDims = kVotes / 2 / samples;
+constexpr int kDims = 8 / samples;
 
 // û of `samples` samples for one lower capsule, parents kLanes rows apart; u and votes of a sample are u_step and
 // votes_step numbers after those of the one before. Adds the votes to `sums` [J][padded] too, sums_step apart, unless

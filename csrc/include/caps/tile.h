@@ -150,6 +150,7 @@ class Weights {
       : dtype_(dtype),
         weight_(weight),
         positions_(positions),
+        own_matrices_(positions == 1),
         block_(weight.size[1] * weight.size[2] * weight.size[3]) {
     in_place_ = dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32) && weight.stride[3] == 1 &&
                 weight.stride[2] == weight.size[3] && weight.stride[1] == weight.size[2] * weight.size[3];
@@ -195,14 +196,16 @@ class Weights {
 
   // The matrices [J][D][E] of lower capsule i.
   CAPS_INLINE const T* operator()(int64_t i) const {
-    const int64_t t = positions_ == 1 ? i : i / positions_;
+    const int64_t t = own_matrices_ ? i : i / positions_;
     return in_place_ ? static_cast<const T*>(weight_.data) + t * weight_.stride[0] : copies_ + (t - from_) * block_;
   }
 
  private:
   DType dtype_;
   const View<4>& weight_;
-  int64_t positions_, block_, from_ = -1, to_ = -1;
+  int64_t positions_;
+  bool own_matrices_;  // a lower capsule's; asked as positions_ == 1, GCC divides all the same
+  int64_t block_, from_ = -1, to_ = -1;
   bool in_place_;
   T* copies_ = nullptr;
 };
