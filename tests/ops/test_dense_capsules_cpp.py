@@ -218,6 +218,8 @@ LIMITS = {
         dense_capsules("u-past-the-caches-odd", 17, 4110, 2, 8, 3, positions=5),
         dense_capsules("u-over-16-MiB-shared", 16, 4200, 2, 64, 3, positions=420, routing_grad="last"),
         dense_capsules("matrices-of-a-chunk-over-512-KiB", 17, 520, 32, 16, 16),
+        # Over 32 MiB of grad_W, from one tile or two, go past the caches.
+        *(dense_capsules(f"matrices-past-the-caches-{b}-samples", b, 257, 64, 32, 16) for b in (9, 32)),
         dense_capsules("partial-sums-of-8-MiB", 700, 20, 64, 1, 16),
         # Lower capsules of eight tiles, of 4, 8 or 16 samples each, are taken together in the last pass of backward.
         *(dense_capsules(f"{b}-samples-in-tiles", b, 21, 3, 6, 12) for b in (32, 36, 64, 72, 128, 129)),

@@ -14,6 +14,7 @@ struct Sizes {
 };
 
 constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // sums of votes held in registers at once
+constexpr int kWays = kVotes / 8;                          // of them, into which each dot product is split
 constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
 
 template <int n>
@@ -27,6 +28,28 @@ CAPS_INLINE void for_blocks(int64_t size, const F& f, int64_t at = 0) {
   for (; at + most <= size; at += most) f(Block<most>(), at);
   if constexpr (most > 1) {
     if (at < size) for_blocks<most / 2>(size, f, at);
+  }
+}
+
+// Calls f(Block<n>(), e) for blocks of n numbers of E, whose votes of `tiles` tiles are summed in registers at once. Of
+// 16 registers two tiles take 12 for the sums: with 8, an addition waits for the one before it. Blocks are as few as
+// can be, and none of fewer than 4 where E allows.
+template <int tiles, typename F>
+CAPS_INLINE void for_sums(int64_t E, const F& f) {
+  if constexpr (kVectorBytes == 32 && tiles == 2) {
+    constexpr int8_t next[] = {0, 1, 2, 2, 4, 5, 6, 4, 4, 5, 5, 6, 6, 5};
+    for (int64_t e = 0, n; e < E; e += n) {
+      n = E - e < int64_t(sizeof(next)) ? next[E - e] : 6;
+      switch (n) {
+        case 6: f(Block<6>(), e); break;
+        case 5: f(Block<5>(), e); break;
+        case 4: f(Block<4>(), e); break;
+        case 2: f(Block<2>(), e); break;
+        default: f(Block<1>(), e);
+      }
+    }
+  } else {
+    for_blocks<kVotes / tiles>(E, f);
   }
 }
 
@@ -77,7 +100,7 @@ void route_uniformly(const T* u, int64_t u_step, const Weights<T>& weights, Size
     const int64_t end = min_of(i + kShared, last);
     for (int64_t j = 0; j < z.out_capsules; ++j) {
       for (int64_t k = i; k < end; ++k) prefetch_weights(weights, z, k, k + kShared, j + by);
-      for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+      for_sums<tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
         constexpr int n = decltype(block)::size;
         Vec<T> sums[tiles * n] = {};
         for (int64_t k = i; k < end; ++k) {
@@ -112,8 +135,8 @@ CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const Weights<T>& we
       prefetch_weights(weights, z, i + m, i + count + m, j + by);
       const T *um = u + m * z.in_dim * lanes, *matrices = weights(i + m) + j * matrix;
       T* out = votes + m * tiles * size;
-      Vec<T> dots[tiles][4] = {};
-      for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+      Vec<T> dots[tiles][2 * kWays] = {};
+      for_sums<tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
         constexpr int n = decltype(block)::size;
         Vec<T> sums[tiles * n] = {};
         add_votes<n, tiles>(um, u_step, matrices + e0, z.in_dim, z.out_dim, sums);
@@ -123,16 +146,17 @@ CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const Weights<T>& we
 #pragma GCC unroll 16
           for (int e = 0; e < n; ++e) {
             store(out + at + e * lanes, sums[k * n + e]);
-            dots[k][e & 1] += sums[k * n + e] * load<Vec<T>>(V + at + e * lanes);
-            if constexpr (backward) dots[k][2 + (e & 1)] += sums[k * n + e] * load<Vec<T>>(g + at + e * lanes);
+            dots[k][e % kWays] += sums[k * n + e] * load<Vec<T>>(V + at + e * lanes);
+            if constexpr (backward) dots[k][kWays + e % kWays] += sums[k * n + e] * load<Vec<T>>(g + at + e * lanes);
           }
         }
       });
 #pragma GCC unroll 4
       for (int k = 0; k < tiles; ++k) {
         const int64_t at = k * dots_step + m * row + j * lanes;
-        store(with_V + at, dots[k][0] + dots[k][1]);
-        if constexpr (backward) store(with_g + at, dots[k][2] + dots[k][3]);
+        store(with_V + at, kWays > 1 ? dots[k][0] + dots[k][kWays - 1] : dots[k][0]);
+        if constexpr (backward)
+          store(with_g + at, kWays > 1 ? dots[k][kWays] + dots[k][2 * kWays - 1] : dots[k][kWays]);
         // A store waits for those before it, and these come from far away.
         if (kept) {
           __builtin_prefetch(with_V + at + count * row, 1);
@@ -148,15 +172,15 @@ CAPS_INLINE void votes_and_dots(const T* u, int64_t u_step, const Weights<T>& we
 template <int rounds, int tiles, typename T>
 void dots_of_rounds(const T* u, int64_t u_step, const Weights<T>& weights, int64_t i, int64_t count, Sizes z,
                     const T* const* V, const T* const* g, T* const* with_V, T* const* with_g, int64_t dots_step) {
-  constexpr int lanes = kLanes<T>, ways = kVotes / 8;
+  constexpr int lanes = kLanes<T>;
   const int64_t row = z.out_capsules * lanes, size = row * z.out_dim, matrix = z.in_dim * z.out_dim;
   const int64_t by = parents_ahead<T>(z);
   for (int64_t j = 0; j < z.out_capsules; ++j) {
     for (int64_t m = 0; m < count; ++m) {
       prefetch_weights(weights, z, i + m, i + count + m, j + by);
       const T *um = u + m * z.in_dim * lanes, *matrices = weights(i + m) + j * matrix;
-      Vec<T> dots[rounds][tiles][2][ways] = {};
-      for_blocks<kVotes / tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
+      Vec<T> dots[rounds][tiles][2][kWays] = {};
+      for_sums<tiles>(z.out_dim, [&](auto block, int64_t e0) __attribute__((always_inline)) {
         constexpr int n = decltype(block)::size;
         Vec<T> sums[tiles * n] = {};
         add_votes<n, tiles>(um, u_step, matrices + e0, z.in_dim, z.out_dim, sums);
@@ -167,8 +191,8 @@ void dots_of_rounds(const T* u, int64_t u_step, const Weights<T>& weights, int64
             const T *Vt = V[t] + k * size + (j * z.out_dim + e0) * lanes, *gt = g[t] + (Vt - V[t]);
 #pragma GCC unroll 16
             for (int e = 0; e < n; ++e) {
-              dots[t][k][0][e % ways] += sums[k * n + e] * load<Vec<T>>(Vt + e * lanes);
-              dots[t][k][1][e % ways] += sums[k * n + e] * load<Vec<T>>(gt + e * lanes);
+              dots[t][k][0][e % kWays] += sums[k * n + e] * load<Vec<T>>(Vt + e * lanes);
+              dots[t][k][1][e % kWays] += sums[k * n + e] * load<Vec<T>>(gt + e * lanes);
             }
           }
         }
@@ -177,8 +201,8 @@ void dots_of_rounds(const T* u, int64_t u_step, const Weights<T>& weights, int64
 #pragma GCC unroll 4
         for (int k = 0; k < tiles; ++k) {
           const int64_t at = k * dots_step + m * row + j * lanes;
-          store(with_V[t] + at, dots[t][k][0][0] + (ways > 1 ? dots[t][k][0][ways - 1] : Vec<T>{}));
-          store(with_g[t] + at, dots[t][k][1][0] + (ways > 1 ? dots[t][k][1][ways - 1] : Vec<T>{}));
+          store(with_V[t] + at, dots[t][k][0][0] + (kWays > 1 ? dots[t][k][0][kWays - 1] : Vec<T>{}));
+          store(with_g[t] + at, dots[t][k][1][0] + (kWays > 1 ? dots[t][k][1][kWays - 1] : Vec<T>{}));
         }
       }
     }
@@ -329,12 +353,14 @@ void weight_gradient_of_many(const T* u, int64_t u_step, const T* grad_votes, in
 }
 
 // The same for a tile or two: gû is transposed, so that the lanes lie along E and nothing is summed across them. room:
-// [D][E], for the sums of the first of two tiles; what was written past the caches must not be read again.
+// [D][E], for the sums of the first of two tiles; what was written past the caches must not be read again. Of
+// vectors of half a line, the sums of the last too.
 template <typename T>
 void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int64_t g_step, int64_t tiles, int64_t D,
                             int64_t E, T* grad_weight, Write how, T* room) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
+  const bool copies = kCanStreamCopies && how == Write::stream;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const T *x = u + tile * u_step, *y = grad_votes + tile * g_step;
     const auto columns = [&](int64_t e0, const auto& count) __attribute__((always_inline)) {
@@ -354,7 +380,7 @@ void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int
         for (int d = 0; d < n; ++d) {
           const int64_t at = (d0 + d) * E + e0;
           if (tile > 0) sums[d] += load_some<V>(room + at, count);
-          if (tile + 1 < tiles) store_some(room + at, sums[d], count);
+          if (tile + 1 < tiles || copies) store_some(room + at, sums[d], count);
           else write(grad_weight + at, sums[d], count, how);
         }
       });
@@ -362,6 +388,9 @@ void weight_gradient_of_few(const T* u, int64_t u_step, const T* grad_votes, int
     int64_t e0 = 0;
     for (; e0 + lanes <= E; e0 += lanes) columns(e0, std::integral_constant<int64_t, lanes>());
     if (e0 < E) columns(e0, E - e0);
+  }
+  if constexpr (kCanStreamCopies) {
+    if (copies) stream_copy(room, D * E, grad_weight);
   }
 }
 
