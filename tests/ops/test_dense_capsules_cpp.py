@@ -156,15 +156,26 @@ def test_quads_with_whole_and_empty_lanes(samples: int, in_dim: int, isa: str) -
     # Matrices shared by two positions: few samples go to quads, too.
     for case in (
         dense_capsules("", samples, 22, 4, in_dim, 16, positions=2),
-        dense_capsules("", samples, 22, 3, in_dim, 6, positions=11, bias=True, leaky=True, iterations=2),
+        dense_capsules("", samples, 22, 3, in_dim, 6, positions=11, bias=True, leaky=True, iterations=4),
         dense_capsules("", samples, 22, 3, in_dim, 3, positions=22, routing_grad="last"),
-        dense_capsules("", samples, 22, 1, in_dim, 9, positions=2, iterations=1),
+        dense_capsules("", samples, 22, 1, in_dim, 9, positions=2),
     ):
         with caches_for("quads"):
             assert_right(case, [isa], "quads" if in_dim >= 12 else "quads, tiles")
 
 
-# The numbers of E for which a third of a quad's lanes, or fewer, are empty, whatever the instruction set.
+def test_quads_keep_what_is_read_again() -> None:
+    with caches_for("quads"):
+        for iterations, regime in ((1, "tiles"), (2, "quads, tiles"), (3, "quads")):
+            case = dense_capsules("", 17, 22, 3, 12, 6, positions=11, bias=True, leaky=True, iterations=iterations)
+            assert_right(case, _extension.isa_names(), regime)
+        # Rows would keep it too, and leave lanes empty.
+        few = dense_capsules("", 4, 9, 3, 8, 16, iterations=1)
+        for isa in set(_extension.isa_names()) - {"v2", "baseline"}:
+            with _extension.force_isa(isa):
+                assert told(few, few.inputs(torch.float32)).startswith("quads")
+
+
 @pytest.mark.parametrize(("out_dim", "regime"), [(1, "tiles"), (3, "quads"), (5, "tiles"), (6, "quads"), (9, "quads")])
 def test_quads_are_not_for_lanes_that_stay_empty(out_dim: int, regime: str) -> None:
     case = dense_capsules("", 20, 9, 3, 12, out_dim)

@@ -117,8 +117,10 @@ inline Plan plan(DenseArgs& a, bool backward) {
   const bool fits_quads = takes_quads(p, a.weight.size[0], backward);
   set_regime(p, Regime::rows);
   const bool fits_rows = takes_rows(p, a.positions, a.iterations);
-  // With four samples quads have full lanes, whatever the vectors, but in backward they need the last pass of tiles.
-  if (fits_quads && (!fits_rows || (!backward && p.B >= 4))) set_regime(p, Regime::quads);
+  // What is kept must be needed again after it was made, unless rows would keep it too. With four samples quads have
+  // full lanes, whatever the vectors, but in backward they need the last pass of tiles.
+  const bool read_again = a.iterations >= (backward ? 3 : 2);
+  if (fits_quads && (fits_rows ? !backward && p.B >= 4 : read_again)) set_regime(p, Regime::quads);
   else if (!fits_rows) set_regime(p, Regime::tiles);
   const bool rows = p.regime == Regime::rows, quads = p.regime == Regime::quads;
   a.tiles = rows ? p.B : ceil_div(p.B, p.lanes);
