@@ -176,6 +176,7 @@ def test_quads_keep_what_is_read_again() -> None:
                 assert told(few, few.inputs(torch.float32)).startswith("quads")
 
 
+# The numbers of E for which a third of a quad's lanes, or fewer, are empty, whatever the instruction set.
 @pytest.mark.parametrize(("out_dim", "regime"), [(1, "tiles"), (3, "quads"), (5, "tiles"), (6, "quads"), (9, "quads")])
 def test_quads_are_not_for_lanes_that_stay_empty(out_dim: int, regime: str) -> None:
     case = dense_capsules("", 20, 9, 3, 12, out_dim)

@@ -331,7 +331,7 @@ CAPS_INLINE void store_some(scalar_t* to, V value, int64_t count) {
     else return _mm_mask_storeu_pd(to, __mmask8(mask), (__m128d)value);
   }
 #else
-  // Stores with a mask take ten times as long as others on AMD's processors.
+  // Stores with a mask are slow on AMD's processors.
   if (count == kLanesOf<V>) return store(to, value);
 #if defined(__AVX2__)
   if constexpr (sizeof(V) == 32 && sizeof(scalar_t) == 4) {

@@ -14,7 +14,7 @@ struct Sizes {
 };
 
 constexpr int kVotes = sizeof(Vec<float>) == 64 ? 16 : 8;  // sums of votes held in registers at once
-constexpr int kWays = kVotes / 8;                          // of them, into which each dot product is split
+constexpr int kWays = kVotes / 8;                          // sums into which a dot product is split
 constexpr int kShared = 4;                                 // lower capsules that share one load and store of the sums
 
 template <int n>
