@@ -30,13 +30,13 @@ CAPS_KERNEL(tiles_basis, DenseArgs)             // tiles · J
 CAPS_KERNEL(tiles_gradients, DenseArgs)         // tasks of types and parts
 CAPS_KERNEL(tiles_weight_parts, DenseArgs)      // types
 CAPS_KERNEL(tiles_bias_gradient, DenseArgs)     // 1
-CAPS_KERNEL(quads_predict, DenseArgs)           // chunks · pairs of quad tiles of the group
-CAPS_KERNEL(quads_predict_backward, DenseArgs)  // chunks · pairs of quad tiles of the group
-CAPS_KERNEL(quads_route, DenseArgs)             // chunks · pairs of quad tiles of the group
+CAPS_KERNEL(quads_predict, DenseArgs)           // chunks · bundles of quad tiles of the group
+CAPS_KERNEL(quads_predict_backward, DenseArgs)  // chunks · bundles of quad tiles of the group
+CAPS_KERNEL(quads_route, DenseArgs)             // chunks · bundles of quad tiles of the group
 CAPS_KERNEL(quads_finish_iteration, DenseArgs)  // quad tiles of the group
 CAPS_KERNEL(quads_coupling, DenseArgs)          // quad tiles
 CAPS_KERNEL(quads_start_backward, DenseArgs)    // quad tiles
-CAPS_KERNEL(quads_route_backward, DenseArgs)    // chunks · pairs of quad tiles of the group
+CAPS_KERNEL(quads_route_backward, DenseArgs)    // chunks · bundles of quad tiles of the group
 CAPS_KERNEL(quads_finish_backward, DenseArgs)   // quad tiles of the group
 CAPS_KERNEL(quads_to_tiles, DenseArgs)          // tiles
 CAPS_KERNEL(rows_pack, DenseArgs)               // samples
@@ -125,13 +125,14 @@ struct Work {
   }
 };
 
-// Pairs of tiles, or of the quad tiles of a group.
+// Pairs of tiles, or bundles of the quad tiles of a group.
 int64_t pairs_of(const DenseArgs& a, const Plan& p, int64_t group) {
-  return p.regime == Regime::quads ? ceil_div(group, kQuadPair) : ceil_div(a.tiles, kPair);
+  return p.regime == Regime::quads ? ceil_div(group, quad_bundle(vector_bytes())) : ceil_div(a.tiles, kPair);
 }
 
 void forward_passes(DenseArgs& a, const Plan& p, bool return_coupling) {
   const Work work(a, p);
+  const int64_t bundle = quad_bundle(vector_bytes());
   for (a.first = 0; a.first == 0 || a.first < a.quad_tiles; a.first += std::max<int64_t>(a.group, 1)) {
     const int64_t group = std::min(a.group, a.quad_tiles - a.first), pairs = pairs_of(a, p, group);
     for (a.t = 0; a.t < a.iterations; ++a.t) {
@@ -143,8 +144,8 @@ void forward_passes(DenseArgs& a, const Plan& p, bool return_coupling) {
           launch(rows_finish_iteration, a, a.tiles, work.finish);
           break;
         case Regime::quads:
-          if (a.t == 0) launch(quads_predict, a, a.chunks * pairs, kQuadPair * work.predict);
-          else launch(quads_route, a, a.chunks * pairs, kQuadPair * work.route);
+          if (a.t == 0) launch(quads_predict, a, a.chunks * pairs, bundle * work.predict);
+          else launch(quads_route, a, a.chunks * pairs, bundle * work.route);
           launch(quads_finish_iteration, a, group, work.finish);
           break;
         case Regime::tiles:
@@ -159,7 +160,7 @@ void forward_passes(DenseArgs& a, const Plan& p, bool return_coupling) {
 // The passes of iterations R … 2, which leave the coefficients.
 void backward_passes(DenseArgs& a, const Plan& p) {
   const Work work(a, p);
-  const int64_t last = a.iterations - 1;
+  const int64_t last = a.iterations - 1, bundle = quad_bundle(vector_bytes());
   for (a.first = 0; a.first == 0 || a.first < a.quad_tiles; a.first += std::max<int64_t>(a.group, 1)) {
     const int64_t group = std::min(a.group, a.quad_tiles - a.first), pairs = pairs_of(a, p, group);
     if (p.regime == Regime::rows) {
@@ -176,8 +177,8 @@ void backward_passes(DenseArgs& a, const Plan& p) {
           break;
         case Regime::quads:
           if (a.t == last)
-            launch(quads_predict_backward, a, a.chunks * pairs, kQuadPair * (work.predict + 2 * work.route));
-          else launch(quads_route_backward, a, a.chunks * pairs, kQuadPair * 2 * work.route);
+            launch(quads_predict_backward, a, a.chunks * pairs, bundle * (work.predict + 2 * work.route));
+          else launch(quads_route_backward, a, a.chunks * pairs, bundle * 2 * work.route);
           if (!a.last_only) launch(quads_finish_backward, a, group, work.finish);
           break;
         case Regime::tiles:

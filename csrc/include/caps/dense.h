@@ -15,8 +15,10 @@ constexpr int64_t kVotesBudget = int64_t{32} << 20;   // of it, û of rows
 constexpr int64_t kGroupSamples = 8;                  // least number of samples in a group of quad tiles
 constexpr int kPair = 2;                              // neighbouring tiles that share one read of W
 constexpr int kRouted = 4;                            // lower capsules that share one read of V, g and the sums
-constexpr int kQuadPair = 2;                          // neighbouring quad tiles that do
 constexpr int64_t kGroup = 8;                         // tiles whose gû stay in cache together
+
+// Neighbouring quad tiles that share one read of W, a bundle: those of 8 samples in float32.
+CAPS_INLINE constexpr int quad_bundle(int64_t vector_bytes) { return vector_bytes == 64 ? 2 : 4; }
 
 // Bytes of grad_u from which it is written past the caches. Its lines are written whole, but the rows of a tile often
 // lie a multiple of a page apart, and so in few sets of a cache, which would first have to read them.

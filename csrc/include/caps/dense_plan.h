@@ -53,20 +53,22 @@ inline bool takes_rows(const Plan& p, int64_t positions, int64_t iterations) {
 // Bytes of û of a group of quad tiles, at most: it is at most 12 MiB of kKeptBudget.
 inline int64_t group_budget() { return outer_cache() / 8 * 3; }
 
-// Quad tiles in a group: whole pairs, of few samples or, where more are small, in half of the budget. A number of 8
+// Quad tiles in a group: whole bundles, of few samples or, where more are small, in half of the budget. A number of 8
 // bytes counts as two.
 inline int64_t group_of(const Plan& p) {
   const int64_t least = ceil_div(kGroupSamples * 4 / p.item, p.samples);
-  const int64_t many = group_budget() / 2 / votes_bytes(p, 1);
-  return std::min(p.tiles, std::max(least, many / kQuadPair * kQuadPair));
+  const int64_t many = group_budget() / 2 / votes_bytes(p, 1), bundle = quad_bundle(vector_bytes());
+  return std::min(p.tiles, std::max(least, many / bundle * bundle));
 }
+
+// Whether tiles would leave less than a fifth of their lanes empty.
+inline bool fills_tiles(const Plan& p) { return 4 * ceil_div(p.B, p.lanes) * p.lanes <= 5 * p.B; }
 
 // Whether tiles of few empty lanes are faster than quads: where the innermost cache has 48 KiB, making û again costs
 // less than reading it from the cache that cores share. So it was on an Intel Xeon, with two multiply-adds a cycle and
 // a large, slow shared cache; other processors with 48 KiB were not tried.
 inline bool prefers_tiles(const Plan& p) {
-  const int64_t samples = ceil_div(p.B, p.lanes) * p.lanes;
-  return vector_bytes() == 64 && innermost_cache() >= 48 << 10 && 4 * samples <= 5 * p.B;
+  return vector_bytes() == 64 && innermost_cache() >= 48 << 10 && fills_tiles(p);
 }
 
 // Whether û of two lower capsules of two tiles fits in the innermost cache with V, g and the sums of these.
@@ -84,11 +86,11 @@ inline bool takes_spread(const Plan& p, bool backward) {
 }
 
 // û of a group and W, which every group reads, must stay in cache, and a third of a quad's lanes at most be empty. In
-// backward, where û is needed once less, making it again costs no more than reading it while D is small.
+// backward, where û is needed once less, making it again in full tiles costs no more than reading it while D is small.
 inline bool takes_quads(const Plan& p, int64_t types, bool backward) {
   const int64_t votes = votes_bytes(p, group_of(p)), matrices = types * p.J * p.D * p.E * p.item;
   return !prefers_tiles(p) && votes <= group_budget() && votes + matrices <= outer_cache() / 8 * 5 &&
-         2 * ceil_div(p.E, quad(p)) * quad(p) <= 3 * p.E && (!backward || p.D >= 12);
+         2 * ceil_div(p.E, quad(p)) * quad(p) <= 3 * p.E && (!backward || p.D >= 12 || !fills_tiles(p));
 }
 
 // Bytes of u in tiles, or in the accumulation type.
@@ -138,13 +140,15 @@ inline Plan plan(DenseArgs& a, bool backward) {
   // level 2 cache; elsewhere at most 256 votes to a sum, for the sake of its digits. Partial sums within their budget.
   // Chunks of rows are whole vectors of lower capsules, those of quads whole blocks, those of tiles groups of 4.
   const int64_t unit = quads ? p.block : rows ? p.lanes : 4, at_work = quads ? a.group : a.tiles;
-  const int64_t pairs = ceil_div(at_work, quads ? kQuadPair : rows ? 1 : kPair);
+  const int64_t shared = ceil_div(at_work, quads ? quad_bundle(vector_bytes()) : rows ? 1 : kPair);
   const int64_t numbers = p.D * (p.J * p.E + (packs(a, p) || quads ? 0 : kPair * p.lanes));
-  const bool again = pairs > 1 || a.dtype == DType::bfloat16 || a.dtype == DType::float16;
-  const int64_t enough = std::max(ceil_div(rows ? 32 : 16, pairs),
+  const bool again = shared > 1 || a.dtype == DType::bfloat16 || a.dtype == DType::float16;
+  const int64_t enough = std::max(ceil_div(rows ? 32 : 16, shared),
                                   again ? ceil_div(p.I * numbers * p.item, 640 << 10) : ceil_div(p.I, 256));
   const int64_t most = std::max<int64_t>(1, kPartialBudget / (p.tile * at_work));
-  a.chunk = ceil_div(ceil_div(p.I, std::min({enough, most, ceil_div(p.I, unit)})), unit) * unit;
+  const auto cut = [&](int64_t chunks) { return ceil_div(ceil_div(p.I, chunks), unit) * unit; };
+  // Tasks of quads are few, and one less than an even number leaves a thread of two idle for its length.
+  a.chunk = std::max({quads ? p.I / enough / unit * unit : cut(enough), cut(most), unit});
   a.chunks = ceil_div(p.I, a.chunk);
   a.types = p.I / a.positions;
   a.parts = a.positions == 1 ? 1 : std::clamp<int64_t>(32 / a.types, 1, ceil_div(a.positions, 4));

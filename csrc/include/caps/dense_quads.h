@@ -1,5 +1,5 @@
 // dense_capsules over a group of quad tiles, û kept: what its kernels do with one quad tile, or with a chunk of lower
-// capsules of kQuadPair of them.
+// capsules of a bundle of them.
 // Only for code compiled with CAPS_ISA.
 #pragma once
 
@@ -8,6 +8,8 @@
 
 namespace caps::CAPS_ISA {
 namespace {
+
+constexpr int kQuadBundle = quad_bundle(kVectorBytes);
 
 // The sizes and the scratch of a call, for numbers of type T.
 template <typename T>
@@ -90,18 +92,18 @@ CAPS_INLINE void read_quads(const Quads<T>& l, int64_t tile, const in_t* in, int
            });
 }
 
-// A task of the passes: a chunk of lower capsules of at most kQuadPair neighbouring quad tiles of the group.
+// A task of the passes: a chunk of lower capsules of one bundle of the group.
 struct QuadTask {
   int64_t chunk, i0, i1, first, tiles;  // lower capsules i0 … i1 - 1; `tiles` quad tiles from `first` on
 
   template <typename T>
   QuadTask(const Quads<T>& l, int64_t task) {
-    const int64_t pairs = (l.group + kQuadPair - 1) / kQuadPair;
-    chunk = task / pairs;
+    const int64_t bundles = (l.group + kQuadBundle - 1) / kQuadBundle;
+    chunk = task / bundles;
     i0 = chunk * l.a.chunk;
     i1 = min_of(i0 + l.a.chunk, l.I);
-    first = task % pairs * kQuadPair;
-    tiles = min_of(l.group - first, kQuadPair);
+    first = task % bundles * kQuadBundle;
+    tiles = min_of(l.group - first, kQuadBundle);
   }
 };
 
@@ -148,7 +150,7 @@ void spread_inputs(const Quads<T>& l, const QuadTask& task, int64_t i, int64_t c
 // Numbers of scratch that a kernel needs: u of a block and c and gb of those routed at once, or three votes.
 template <typename T>
 CAPS_INLINE int64_t scratch_size(const Quads<T>& l) {
-  const int64_t block = l.quad * l.D * kQuadPair * l.lanes + 2 * kQuadBlocks * l.row;
+  const int64_t block = l.quad * l.D * kQuadBundle * l.lanes + 2 * kQuadBlocks * l.row;
   return block > 3 * l.E ? block : 3 * l.E;
 }
 
@@ -157,7 +159,7 @@ template <bool sum, typename T>
 CAPS_INLINE void predict_block(const Quads<T>& l, const Weights<T>& weights, const QuadTask& task, int64_t i, T* x) {
   const int64_t count = min_of(l.I - i, l.quad), step = l.votes(1, 0) - l.votes(0, 0), x_step = task.tiles * l.lanes;
   spread_inputs(l, task, i, count, x);
-  for_blocks<kQuadPair>(task.tiles, [&](auto tiles, int64_t n) __attribute__((always_inline)) {
+  for_blocks<kQuadBundle>(task.tiles, [&](auto tiles, int64_t n) __attribute__((always_inline)) {
     predict_quads<decltype(tiles)::size, sum>(x + n * l.lanes, x_step, weights, i, count, l.z,
                                               l.votes(task.first + n, i), step,
                                               sum ? l.partial(task.chunk, task.first + n) : nullptr, l.size);
@@ -196,7 +198,7 @@ void predict_task(const Quads<T>& l, Weights<T>& weights, const QuadTask& task, 
   for (int64_t i = task.i0; i < task.i1; i += l.quad) {
     predict_block<!backward>(l, weights, task, i, memory);
     if constexpr (!backward) continue;
-    T* own = memory + l.quad * l.D * kQuadPair * l.lanes;
+    T* own = memory + l.quad * l.D * kQuadBundle * l.lanes;
     for (int64_t n = 0; n < task.tiles; ++n) route_blocks<true>(l, task.chunk, task.first + n, i, 1, own);
   }
 }

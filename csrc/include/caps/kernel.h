@@ -10,6 +10,9 @@
 
 #define CAPS_INLINE __attribute__((always_inline)) inline
 
+// For a function with a loop that wants all registers, and gets too few of them within the function that calls it.
+#define CAPS_NOINLINE __attribute__((noinline))
+
 // Before a loop over the vectors of an array: they are in registers only if the loop is unrolled whole.
 #define CAPS_UNROLL _Pragma("GCC unroll 32")
 

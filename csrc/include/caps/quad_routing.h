@@ -106,10 +106,10 @@ CAPS_INLINE void quads_to_lanes(Vec<T>* rows, std::integer_sequence<int, e...> l
 // numbers apart; with `sum` adds the votes to the sums too. x: u_d of each tile in all lanes of its sample, a vector
 // after the other, [count][D] of x_step numbers.
 template <int tiles, bool sum, typename T>
-CAPS_INLINE void predict_quads(const T* x, int64_t x_step, const Weights<T>& weights, int64_t i, int64_t count, Sizes z,
-                               T* votes, int64_t votes_step, T* sums, int64_t sums_step) {
+CAPS_NOINLINE void predict_quads(const T* x, int64_t x_step, const Weights<T>& weights, int64_t i, int64_t count,
+                                 Sizes z, T* votes, int64_t votes_step, T* sums, int64_t sums_step) {
   using V = Vec<T>;
-  constexpr int lanes = kLanes<T>, quad = kQuad<T>;
+  constexpr int lanes = kLanes<T>, quad = kQuad<T>, most = tiles == 4 ? 2 : 4;
   const int64_t D = z.in_dim, E = z.out_dim, quads = quads_of<T>(E), matrix = D * E;
   const T *matrices[quad], *ahead[quad];
   for (int64_t m = 0; m < count; ++m) {
@@ -136,7 +136,7 @@ CAPS_INLINE void predict_quads(const T* x, int64_t x_step, const Weights<T>& wei
         for (int64_t d = 0; d < D; ++d, xd += x_step, from += E) {
           V factor[tiles];
           CAPS_UNROLL
-          for (int k = 0; k < tiles; ++k) factor[k] = load<V>(xd + k * lanes);
+          for (int k = 0; k < tiles; ++k) factor[k] = in_register(load<V>(xd + k * lanes));
           CAPS_UNROLL
           for (int q = 0; q < n; ++q) {
             const V w = repeat<T>(whole ? load<QuadVec<T>>(from + q * quad) : load_some<QuadVec<T>>(from, E % quad));
@@ -157,8 +157,8 @@ CAPS_INLINE void predict_quads(const T* x, int64_t x_step, const Weights<T>& wei
       CAPS_UNROLL
       for (int k = 0; k < tiles * n && sum; ++k) store(to + k / n * sums_step + k % n * lanes, total[k]);
     };
-    for_blocks<4>(E / quad,
-                  [&](auto block, int64_t q0) __attribute__((always_inline)) { some(block, q0, std::true_type()); });
+    for_blocks<most>(E / quad,
+                     [&](auto block, int64_t q0) __attribute__((always_inline)) { some(block, q0, std::true_type()); });
     if (E % quad != 0) some(Block<1>(), E / quad, std::false_type());
   }
 }

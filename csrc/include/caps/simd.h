@@ -50,6 +50,20 @@ CAPS_INLINE V splat(Element<V> x) {
   return x - V{};  // x - 0 is x for every x, -0 and NaN too
 }
 
+// x, a vector that fills a register, in one: where registers are few, GCC reads what came from memory again for each
+// use.
+template <typename V>
+CAPS_INLINE V in_register(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 template <typename To, typename From>
 CAPS_INLINE To bit_cast(From from) {
   return __builtin_bit_cast(To, from);
