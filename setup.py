@@ -36,6 +36,8 @@ FLAGS = [
     *("-std=c++20", "-O3", *HOST_FLAGS, "-Wno-maybe-uninitialized"),
     # NaN, infinity and the order of sums keep their meaning; errno and floating-point traps are given up.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    # A short loop that begins amid a line of instructions takes up to a seventh longer, by the chance of what is before it.
+    "-falign-loops=64",
     *VERSIONS,
 ]
 ARCHITECTURES = "8.0;9.0;10.0"
