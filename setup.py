@@ -36,7 +36,7 @@ FLAGS = [
     *("-std=c++20", "-O3", *HOST_FLAGS, "-Wno-maybe-uninitialized"),
     # NaN, infinity and the order of sums keep their meaning; errno and floating-point traps are given up.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-    # A short loop that begins amid a line of instructions takes up to a seventh longer, by the chance of what is before it.
+    # A short loop that begins amid a line of instructions takes up to a seventh longer, by chance of what is before it.
     "-falign-loops=64",
     *VERSIONS,
 ]
