@@ -32,7 +32,7 @@ CAPS_KERNEL(votes_sum, VotesArgs)       // types: the parts' sums
 
 #ifdef CAPS_ISA
 
-#include <caps/simd.h>
+#include <caps/across_lanes.h>
 
 namespace caps::CAPS_ISA {
 namespace {

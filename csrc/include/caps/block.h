@@ -5,7 +5,7 @@
 // of one vector (sums_of_rows), and so the softmax over j is done for all capsules of the block at once.
 #pragma once
 
-#include <caps/simd.h>
+#include <caps/across_lanes.h>
 
 namespace caps::CAPS_ISA {
 

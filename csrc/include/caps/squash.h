@@ -6,7 +6,7 @@
 // vectors use them; `squash_any` and `squash_any_backward` do one vector of whatever scale.
 #pragma once
 
-#include <caps/simd.h>
+#include <caps/across_lanes.h>
 
 namespace caps::CAPS_ISA {
 

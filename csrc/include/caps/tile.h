@@ -2,7 +2,7 @@
 // A tile's arrays are [rows][kLanes<T>]. Only for code compiled with CAPS_ISA.
 #pragma once
 
-#include <caps/simd.h>
+#include <caps/across_lanes.h>
 #include <caps/squash.h>
 
 namespace caps::CAPS_ISA {
